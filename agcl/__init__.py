@@ -1,3 +1,64 @@
-"""Attribution-guided continual learning for large language models (arXiv 2605.05285)."""
+"""Attribution-guided continual learning for large language models (arXiv 2605.05285).
+
+Names are imported on first use, so that the attribution, the gates and the metrics serve plain PyTorch code without
+loading Lightning.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "AgclError": "agcl.errors",
+    "AttributionCallback": "agcl.callbacks",
+    "ContinualDataModule": "agcl.data.datamodule",
+    "ContinualLM": "agcl.module",
+    "ContinualMonitor": "agcl.callbacks",
+    "ContinualReport": "agcl.callbacks",
+    "GradientGate": "agcl.gating",
+    "ImportanceConfig": "agcl.attribution",
+    "Probe": "agcl.data.tasks",
+    "Task": "agcl.data.tasks",
+    "TaskProgressBar": "agcl.callbacks",
+    "UnsupportedModelError": "agcl.errors",
+    "UpdateGate": "agcl.gating",
+    "WarmupDecay": "agcl.schedules",
+    "lrp_rules": "agcl.attribution",
+    "parameter_relevance": "agcl.attribution",
+}
+
+__all__ = [  # noqa: F822 (resolved by __getattr__)
+    "AgclError",
+    "AttributionCallback",
+    "ContinualDataModule",
+    "ContinualLM",
+    "ContinualMonitor",
+    "ContinualReport",
+    "GradientGate",
+    "ImportanceConfig",
+    "Probe",
+    "Task",
+    "TaskProgressBar",
+    "UnsupportedModelError",
+    "UpdateGate",
+    "WarmupDecay",
+    "lrp_rules",
+    "parameter_relevance",
+]
+
+if TYPE_CHECKING:
+    from agcl.attribution import ImportanceConfig, lrp_rules, parameter_relevance
+    from agcl.callbacks import AttributionCallback, ContinualMonitor, ContinualReport, TaskProgressBar
+    from agcl.data.datamodule import ContinualDataModule
+    from agcl.data.tasks import Probe, Task
+    from agcl.errors import AgclError, UnsupportedModelError
+    from agcl.gating import GradientGate, UpdateGate
+    from agcl.module import ContinualLM
+    from agcl.schedules import WarmupDecay
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'agcl' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

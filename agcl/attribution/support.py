@@ -1,0 +1,134 @@
+"""What attribution refuses before it starts, since it could not see into it, and how the refusals are worded."""
+
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, get_args
+
+import torch
+from torch import nn
+from torch.overrides import resolve_name
+from transformers import PreTrainedModel
+
+from agcl.errors import AgclError, UnsupportedModelError
+
+_VISIBLE_ATTENTION = ("sdpa", "eager")
+
+
+def check_choice(name: str, value: str, choices: Any) -> None:
+    """Raise unless ``value`` is one of the ``Literal`` type ``choices``.
+
+    Args:
+        name: The argument's name, for the message.
+        value: What the user gave.
+        choices: A ``typing.Literal``.
+
+    Raises:
+        AgclError: Naming the argument, the value and the choices.
+    """
+    allowed = get_args(choices)
+    if value not in allowed:
+        raise AgclError(f"`{name}` is {value!r}; use one of {', '.join(map(repr, allowed))}.")
+
+
+def check_supported(model: nn.Module) -> None:
+    """Raise if the operations of ``model`` cannot be seen one by one.
+
+    Args:
+        model: The model to attribute.
+
+    Raises:
+        AgclError: If it is no module.
+        UnsupportedModelError: If it or a part of it is compiled, runs attention in another kernel than sdpa or eager,
+            has hub kernels in place of its layers, or is an encoder-decoder model.
+    """
+    if not isinstance(model, nn.Module):
+        raise AgclError(f"`model` is a {type(model).__name__}; give a torch.nn.Module.")
+    for module in model.modules():
+        _check_python(module, model)
+        if isinstance(module, PreTrainedModel):
+            _check_transformer(module)
+
+
+def _check_python(module: nn.Module, model: nn.Module) -> None:
+    if (
+        module._compiled_call_impl is not None
+        or "_orig_mod" in module._modules
+        or hasattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable")
+    ):
+        raise UnsupportedModelError(
+            f"{_described(module, model)} is compiled, and attribution cannot see its operations; give the model as it "
+            "was before torch.compile (`model._orig_mod`), or do not call `model.compile()`."
+        )
+    if isinstance(module, torch.jit.ScriptModule):
+        raise UnsupportedModelError(
+            f"{_described(module, model)} is a TorchScript module; give the Python module it was made from."
+        )
+
+
+def _described(module: nn.Module, root: nn.Module) -> str:
+    name = next((name for name, part in root.named_modules() if part is module), "")
+    return f"`{name or 'model'}` ({type(module).__name__})"
+
+
+def _check_transformer(model: PreTrainedModel) -> None:
+    name = type(model).__name__
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"`{name}` is an encoder-decoder model; attribution supports decoders only.")
+    attention = getattr(model.config, "_attn_implementation", None)
+    if attention is not None and attention not in _VISIBLE_ATTENTION:
+        raise UnsupportedModelError(
+            f"`{name}` runs attention with {attention!r}, which attribution cannot see into; "
+            'call `model.set_attn_implementation("sdpa")` first.'
+        )
+    if getattr(model, "_use_kernels", False) or getattr(model, "use_kernels", False):
+        raise UnsupportedModelError(
+            f"`{name}` has hub kernels in place of its layers, which attribution cannot see into; "
+            "load it with `use_kernels=False`."
+        )
+
+
+def unknown_operation(operation: Callable[..., Any], root: nn.Module) -> UnsupportedModelError:
+    """The error for an operation without a rule, with the module in whose forward pass it was met.
+
+    Args:
+        operation: What torch was asked to do.
+        root: The model under attribution.
+
+    Returns:
+        The error, to be raised.
+    """
+    name = resolve_name(operation) or getattr(operation, "__name__", repr(operation))
+    return UnsupportedModelError(
+        f"No relevance rule for `{name}` in {_enclosing_module(root)}. If it is linear, declare it with "
+        '`agcl.attribution.OPERATIONS[operation] = "linear"`; otherwise use another model or layer implementation.'
+    )
+
+
+def invisible_operation(gradient_node: Any, root: nn.Module) -> UnsupportedModelError:
+    """The error for a value that came about out of sight: custom autograd function, script, kernel, earlier pass.
+
+    Args:
+        gradient_node: The ``grad_fn`` of the value.
+        root: The model under attribution.
+
+    Returns:
+        The error, to be raised.
+    """
+    return UnsupportedModelError(
+        f"A value in {_enclosing_module(root)} was computed out of attribution's sight, by a custom autograd function, "
+        f"a compiled or scripted function or before this forward pass (grad_fn {type(gradient_node).__name__}); "
+        "use an implementation in plain torch operations, and no cache of an earlier pass."
+    )
+
+
+def _enclosing_module(root: nn.Module) -> str:
+    """Name the innermost module on the call stack; reading the stack costs nothing until something is refused."""
+    parts = {id(module) for module in root.modules()}
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        candidate = frame.f_locals.get("self")
+        if isinstance(candidate, nn.Module) and id(candidate) in parts:
+            return _described(candidate, root)
+        frame = frame.f_back
+    return _described(root, root)

@@ -1,0 +1,81 @@
+"""Pictures and distributions for TensorBoard: score matrix, importance, remaining plasticity."""
+
+import re
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
+
+from agcl.attribution.importance import dequantise
+from agcl.callbacks.attribution import AttributionCallback
+from agcl.metrics import plot_score_matrix
+from agcl.module import SCORE
+from agcl.plots import plot_importance_map
+
+_HISTOGRAM_ENTRIES = 100_000  # a sample that shows the distribution and keeps the event file small
+
+
+class ContinualMonitor(Callback):
+    """Logs to TensorBoard, as soon as a task is learned: the score-matrix figure and, with an ``AttributionCallback``,
+    importance histograms and the remaining plasticity ``mean((1 - importance) ** strength)`` per layer.
+
+    Scalars (losses, scores, continual metrics) are logged by ``ContinualLM`` itself, to any logger.
+    """  # noqa: D205
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A task begins: show what the one before left."""
+        if trainer.current_epoch > 0 and pl_module.tasks.starts_at(trainer.current_epoch):
+            self._log(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The last task is learned."""
+        self._log(trainer, pl_module)
+
+    def _log(self, trainer: Trainer, pl_module: Any) -> None:
+        scores = pl_module.score_matrices[SCORE].compute()  # on all ranks
+        attribution = next((c for c in trainer.callbacks if isinstance(c, AttributionCallback)), None)  # type: ignore[attr-defined]
+        plasticity = layer_plasticity(attribution) if attribution else {}
+        for logger in trainer.loggers:
+            logger.log_metrics({f"plasticity/{k}": v for k, v in plasticity.items()}, step=trainer.global_step)
+            if not isinstance(logger, TensorBoardLogger) or not trainer.is_global_zero:
+                continue
+            board, step = logger.experiment, trainer.global_step
+            board.add_figure("score_matrix", plot_score_matrix(scores, [t.name for t in pl_module.tasks])[0], step)
+            if attribution and attribution.importance:
+                board.add_figure("importance", plot_importance_map(attribution.importance)[0], step)
+                for layer, values in layer_samples(attribution.importance).items():
+                    board.add_histogram(f"importance/{layer}", values, step)
+
+
+def layer_of(parameter_name: str) -> str:
+    """``layer_07`` for a parameter of the eighth block, else the name's first telling part (``embed_tokens``, ...)."""
+    match = re.search(r"\.(\d+)\.", parameter_name)
+    if match:
+        return f"layer_{int(match[1]):02d}"
+    parts = [part for part in parameter_name.split(".") if part not in ("model", "transformer", "weight", "bias")]
+    return parts[-1] if parts else parameter_name
+
+
+def layer_plasticity(attribution: AttributionCallback) -> dict[str, float]:
+    """Mean remaining plasticity of the weights of each layer, in [0, 1]."""
+    total: dict[str, float] = {}
+    count: dict[str, int] = {}
+    for name, mean in attribution.plasticity().items():
+        layer, num_weights = layer_of(name), attribution.importance[name].numel()
+        total[layer] = total.get(layer, 0.0) + mean * num_weights
+        count[layer] = count.get(layer, 0) + num_weights
+    return {layer: total[layer] / count[layer] for layer in total}
+
+
+def layer_samples(importance: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Evenly spaced importance values of each layer, float in [0, 1]."""
+    groups: dict[str, list[Tensor]] = {}
+    for name, levels in importance.items():
+        groups.setdefault(layer_of(name), []).append(levels.flatten())
+    samples = {}
+    for layer, group in groups.items():
+        stride = max(1, sum(levels.numel() for levels in group) // _HISTOGRAM_ENTRIES)
+        samples[layer] = dequantise(torch.cat([levels[::stride] for levels in group]).cpu())
+    return samples

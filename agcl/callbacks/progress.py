@@ -1,0 +1,31 @@
+"""Progress bars that say which task is being learned and which one is being scored."""
+
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import TQDMProgressBar
+
+
+class TaskProgressBar(TQDMProgressBar):
+    """Lightning's progress bar, with the task's name in place of the bare epoch."""
+
+    def on_train_epoch_start(self, trainer: Trainer, *args: Any) -> None:
+        """Name the task and its epoch."""
+        super().on_train_epoch_start(trainer, *args)
+        tasks, epoch = trainer.datamodule.tasks, trainer.current_epoch  # type: ignore[attr-defined]
+        index = tasks.index_at(epoch)
+        self.train_progress_bar.set_description(
+            f"Task {index + 1}/{len(tasks)} {tasks[index].name}, "
+            f"epoch {tasks.epoch_in_task(epoch) + 1}/{tasks[index].epochs}"
+        )
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Name the task, and the probe, that is scored."""
+        super().on_validation_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        index, probe = data.evaluations[dataloader_idx]
+        self.val_progress_bar.set_description(
+            f"Scoring {data.tasks[index].name}" + (f" ({probe})" if probe else "")
+        )

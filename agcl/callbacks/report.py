@@ -1,0 +1,169 @@
+"""What a run leaves behind: score matrix and metrics as table, JSON, CSV and picture, and the final model."""
+
+import csv
+import io
+import json
+import math
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+import transformers
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_only
+from rich.console import Console
+from rich.table import Table
+
+import agcl
+from agcl.metrics import plot_score_matrix
+from agcl.module import NLL, SCORE
+
+
+class ContinualReport(Callback):
+    """Writes the run's results to its folder after each task, and prints them and saves the model at the end.
+
+    ``scores.json`` holds everything, ``scores.csv`` and ``score_matrix.png`` the score matrix, ``model/`` the final model
+    in Hugging Face format. Each file is replaced whole, so that an interrupted run keeps the last complete one.
+
+    Args:
+        save_model: Whether to write ``model/``.
+    """
+
+    def __init__(self, save_model: bool = True) -> None:
+        self.save_model = save_model
+        self._seconds_before = 0.0
+        self._start = time.monotonic()
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        self._start = time.monotonic()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the results so far after each task."""
+        if pl_module.tasks.ends_at(trainer.current_epoch):
+            self._write(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write and print the final results; save the model."""
+        self._write(trainer, pl_module)
+        self._finish(trainer, pl_module)
+
+    def state_dict(self) -> dict[str, float]:
+        """Wall time so far, in seconds, so that a resumed run reports the sum."""
+        return {"wall_seconds": self._wall_seconds()}
+
+    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+        """Restore the wall time of the run that is resumed."""
+        self._seconds_before = state_dict["wall_seconds"]
+
+    def _wall_seconds(self) -> float:
+        return self._seconds_before + time.monotonic() - self._start
+
+    def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        results = collect_results(trainer, pl_module)  # on all ranks: metrics are synchronised
+        results["wall_seconds"] = round(self._wall_seconds(), 1)
+        if trainer.is_global_zero:
+            write_results(Path(trainer.log_dir or trainer.default_root_dir), results)
+
+    @rank_zero_only
+    def _finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        if self.save_model and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            partial = folder / "model.partial"
+            shutil.rmtree(partial, ignore_errors=True)
+            pl_module.save_pretrained(partial)  # type: ignore[operator]
+            shutil.rmtree(folder / "model", ignore_errors=True)
+            partial.replace(folder / "model")
+        console = Console()
+        for table in result_tables(collect_results(trainer, pl_module)):
+            console.print(table)
+        console.print(f"Everything is in {folder}")
+
+
+def collect_results(trainer: Trainer, pl_module: Any) -> dict[str, Any]:
+    """Score matrices (rows: before any training, then after each task), metrics, tasks and versions, as plain values."""
+    matrices = {name: _rows(matrix.compute()) for name, matrix in pl_module.score_matrices.items()}
+    return {
+        "tasks": [task.name for task in pl_module.tasks],
+        "task_metrics": [task.metric for task in pl_module.tasks],
+        "metrics": {name: _number(value.item()) for name, value in pl_module.transfer().items()},
+        "scores": matrices.pop(SCORE),
+        "nll": matrices.pop(NLL),
+        "probes": matrices,
+        "model": pl_module.model_name_or_path,
+        "precision": str(trainer.precision),
+        "versions": {
+            "agcl": agcl.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "lightning": lightning.__version__,
+        },
+    }
+
+
+def write_results(folder: Path, results: dict[str, Any]) -> None:
+    """Write ``scores.json``, ``scores.csv`` and ``score_matrix.png``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _replace(folder / "scores.json", json.dumps(results, indent=2, ensure_ascii=False).encode())
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(["after", *results["tasks"]])
+    for label, row in zip(_row_labels(results["tasks"]), results["scores"], strict=True):
+        writer.writerow([label, *("" if value is None else value for value in row)])
+    _replace(folder / "scores.csv", text.getvalue().encode())
+    matrix = torch.tensor([[math.nan if v is None else v for v in row] for row in results["scores"]])
+    figure, _ = plot_score_matrix(matrix, results["tasks"], title=metrics_line(results["metrics"]))
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=150)
+    _replace(folder / "score_matrix.png", picture.getvalue())
+
+
+def result_tables(results: dict[str, Any]) -> list[Table]:
+    """Rich tables of the score matrix and the metrics."""
+    matrix = Table(title="Score of each task (column) before training and after learning each task (row)")
+    matrix.add_column("after", style="bold")
+    for name in results["tasks"]:
+        matrix.add_column(name, justify="right")
+    for position, (label, row) in enumerate(zip(_row_labels(results["tasks"]), results["scores"], strict=True)):
+        cells = ["" if value is None else f"{value:.3f}" for value in row]
+        if position > 0:
+            cells[position - 1] = f"[bold]{cells[position - 1]}[/bold]"  # the task just learned
+        matrix.add_row(label, *cells)
+    metrics = Table(title="Continual-learning metrics")
+    metrics.add_column("metric")
+    metrics.add_column("value", justify="right")
+    for name, value in results["metrics"].items():
+        metrics.add_row(name.replace("_", " "), "undefined" if value is None else f"{value:+.3f}")
+    return [matrix, metrics]
+
+
+def metrics_line(metrics: dict[str, float | None]) -> str:
+    """The metrics in one line, for a figure's title."""
+    return ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in metrics.items() if value is not None)
+
+
+def _row_labels(tasks: list[str]) -> list[str]:
+    return ["before", *tasks]
+
+
+def _rows(matrix: torch.Tensor) -> list[list[float | None]]:
+    return [[_number(value) for value in row] for row in matrix.tolist()]
+
+
+def _number(value: float) -> float | None:
+    """JSON has no NaN: what was not measured is null."""
+    return None if math.isnan(value) else value
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write a file so that a crash leaves the old content or the new."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)

@@ -1,0 +1,67 @@
+"""Command line: ``agcl fit --config ...`` is LightningCLI with the continual loop's settings filled in."""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_info
+
+from agcl.callbacks import ContinualMonitor, ContinualReport, TaskProgressBar
+from agcl.data.datamodule import ContinualDataModule
+from agcl.errors import AgclError
+from agcl.module import ContinualLM
+
+
+class AgclCLI(LightningCLI):
+    """LightningCLI for one model class and one data module class, with what both must agree on linked.
+
+    The Trainer's ``max_epochs`` follows from the tasks' epochs, the tokenizer from the model. ``trainer.precision`` is
+    chosen by the machine unless given (:func:`choose_precision`).
+    """
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Link what would otherwise have to be written twice."""
+        for name in ("model_name_or_path", "gguf_file", "trust_remote_code"):
+            parser.link_arguments(f"model.{name}", f"data.{name}")
+        parser.link_arguments("data.tasks", "trainer.max_epochs", compute_fn=_total_epochs)
+        parser.set_defaults({"trainer.reload_dataloaders_every_n_epochs": 1, "trainer.num_sanity_val_steps": -1})
+
+    def before_instantiate_classes(self) -> None:
+        """Choose the precision where none is given."""
+        trainer = self.config[self.subcommand].trainer if self.subcommand else self.config.trainer
+        if trainer.precision is None:
+            trainer.precision = choose_precision()
+            rank_zero_info(f"Precision: {trainer.precision}, the faster one on this machine (set trainer.precision to change it).")
+
+
+def _total_epochs(tasks: Sequence[Any]) -> int:
+    # During parsing a dataclass is a namespace of its class path and arguments.
+    return sum(getattr(task, "init_args", task).epochs for task in tasks)
+
+
+def choose_precision() -> str:
+    """``bf16-mixed`` where the hardware multiplies bfloat16 matrices, else ``32-true``.
+
+    A CPU without such instructions (AVX512-BF16, AMX) emulates them several times slower than float32.
+    """
+    if torch.cuda.is_available():
+        return "bf16-mixed" if torch.cuda.is_bf16_supported() else "32-true"
+    capabilities = torch.cpu.get_capabilities()
+    return "bf16-mixed" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "32-true"
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command line; errors that a user can mend are printed as one line, exit status 1."""
+    try:
+        AgclCLI(
+            ContinualLM,
+            ContinualDataModule,
+            args=None if args is None else list(args),
+            seed_everything_default=0,
+            trainer_defaults={"callbacks": [TaskProgressBar(), ContinualReport(), ContinualMonitor()]},
+            parser_kwargs={"prog": "agcl", "fit": {"prog": "agcl fit"}},
+        )
+    except AgclError as error:
+        sys.exit(f"agcl: error: {error}")

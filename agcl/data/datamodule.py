@@ -1,0 +1,190 @@
+"""Serving a sequence of tasks to one ``Trainer.fit``."""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import islice
+from typing import Any, Literal
+
+import torch
+from datasets import Dataset
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from agcl.data.tasks import IGNORED_LABEL, AnswerEncoder, Task, TaskSequence, collate
+from agcl.errors import AgclError
+from agcl.models import load_config, load_tokenizer
+
+
+class ResumableDataLoader(DataLoader):
+    """A data loader whose position within an epoch is saved in Lightning's checkpoints and found again on resuming."""
+
+    _served = 0
+    _skip = 0
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        self._served, self._skip = self._skip, 0
+        for batch in islice(super().__iter__(), self._served, None):
+            self._served += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Number of batches served of the present epoch; 0 after its end."""
+        return {"served": self._served % len(self)}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Let the next epoch begin where the saved one stopped."""
+        self._skip = state["served"]
+
+
+class ContinualDataModule(LightningDataModule):
+    """Sequential tasks for one ``Trainer.fit``: each task is a contiguous range of epochs.
+
+    Loaders have random generators of their own: from torch's global one they would draw at other moments in a resumed run.
+    The Trainer must run with :meth:`trainer_arguments`; the command line sets them by itself. Training rows are drawn in
+    an order that depends on ``seed`` and the epoch alone, so that a resumed run sees the same batches.
+
+    Args:
+        tasks: The tasks in the order of learning.
+        model_name_or_path: Where the tokenizer and the context length come from (linked to the model's by the CLI).
+        gguf_file: GGUF file in that folder or repository, if any.
+        batch_size: Rows in a training batch, per device.
+        eval_batch_size: Rows in a scoring batch, per device.
+        max_length: Longest row in tokens; the model's context if left out.
+        truncation: ``error`` refuses a longer row before training; ``left`` cuts the beginning of its prompt.
+        num_workers: Worker processes of each data loader.
+        seed: Order of the training rows.
+        trust_remote_code: Run tokenizer code that comes with the checkpoint.
+
+    Raises:
+        AgclError: On set-up, if a task's data or the Trainer's settings cannot work. Nothing is trained before.
+    """
+
+    def __init__(
+        self,
+        tasks: list[Task],
+        model_name_or_path: str = "builtin:smollm2-135m-instruct",
+        gguf_file: str | None = None,
+        batch_size: int = 16,
+        eval_batch_size: int = 64,
+        max_length: int | None = None,
+        truncation: Literal["error", "left"] = "error",
+        num_workers: int = 0,
+        seed: int = 0,
+        trust_remote_code: bool = False,
+    ) -> None:
+        super().__init__()
+        self.tasks = TaskSequence(tasks)
+        self.model_name_or_path = model_name_or_path
+        self.gguf_file = gguf_file
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.max_length = max_length
+        self.truncation: Literal["error", "left"] = truncation
+        self.num_workers = num_workers
+        self.seed = seed
+        self.trust_remote_code = trust_remote_code
+        self._train_rows: list[Dataset] = []
+        self._evaluations: list[tuple[int, str | None, Dataset]] = []
+
+    def trainer_arguments(self) -> dict[str, Any]:
+        """Arguments that the Trainer needs to run all tasks: ``Trainer(**data.trainer_arguments(), ...)``."""
+        return {
+            "max_epochs": self.tasks.total_epochs,
+            "reload_dataloaders_every_n_epochs": 1,
+            "num_sanity_val_steps": -1,
+        }
+
+    def setup(self, stage: str | None = None) -> None:
+        """Load, check and encode all tasks; check that the Trainer runs all of them."""
+        if self.trainer is not None and stage == "fit":
+            self._check_trainer()
+        if self._train_rows:
+            return
+        self.tokenizer = load_tokenizer(
+            self.model_name_or_path, gguf_file=self.gguf_file, trust_remote_code=self.trust_remote_code
+        )
+        self.encoder = AnswerEncoder(self.tokenizer, self._length_limit(), self.truncation)
+        train_rows, evaluations = [], []
+        for index, task in enumerate(self.tasks):
+            train_rows.append(self.encoder.encode_rows(task, task.train_split, task.prompt))
+            for name, probe in task.evaluations():
+                rows = self.encoder.encode_rows(task, probe.split or task.test_split, probe.prompt or task.prompt)
+                evaluations.append((index, name, rows))
+        self._train_rows, self._evaluations = train_rows, evaluations
+
+    def _length_limit(self) -> int:
+        context = getattr(
+            load_config(self.model_name_or_path, gguf_file=self.gguf_file, trust_remote_code=self.trust_remote_code),
+            "max_position_embeddings",
+            None,
+        )
+        if self.max_length is not None and context is not None and self.max_length > context:
+            raise AgclError(f"`max_length` is {self.max_length}, but the model's context has {context} tokens.")
+        return self.max_length or context or int(self.tokenizer.model_max_length)
+
+    def _check_trainer(self) -> None:
+        trainer = self.trainer
+        if trainer.fast_dev_run:  # type: ignore[union-attr]
+            return
+        for name, wanted in self.trainer_arguments().items():
+            value = getattr(trainer, name)
+            if wanted == -1:  # the Trainer keeps "all" as infinity
+                wanted = float("inf")
+            if value != wanted:
+                raise AgclError(
+                    f"The Trainer's `{name}` is {value}, but learning these tasks one after another needs {wanted}: "
+                    "build it as `Trainer(**data.trainer_arguments(), ...)`, or leave the option out on the command line."
+                )
+
+    @property
+    def evaluations(self) -> Sequence[tuple[int, str | None]]:
+        """What each validation data loader holds: task index, and the probe's name or ``None`` for the test rows."""
+        return [(index, name) for index, name, _ in self._evaluations]
+
+    def max_answer_tokens(self, evaluation: int) -> int:
+        """Length of the longest answer of an evaluation set, end-of-sequence token included."""
+        rows = self._evaluations[evaluation][2]
+        return max(sum(label != IGNORED_LABEL for label in row) for row in rows["labels"])
+
+    def label_candidates(self, task_index: int) -> list[list[int]]:
+        """Token ids of a task's labels as answers; empty where it declares none."""
+        task: Task = self.tasks[task_index]
+        column = task.answer[task.answer.find("{") :]
+        prefix, suffix = task.answer.split("{", 1)[0], column.split("}", 1)[1]
+        return [self.encoder.encode_answer(f"{prefix}{label}{suffix}") for label in task.labels or ()]
+
+    def training_rows(self, task_index: int) -> Dataset:
+        """Encoded training rows of a task (columns as :meth:`AnswerEncoder.encode_rows` gives them)."""
+        return self._train_rows[task_index]
+
+    def train_dataloader(self) -> DataLoader:
+        """Batches of the task that the present epoch belongs to, rows of like length together."""
+        epoch = 0 if self.trainer is None else self.trainer.current_epoch
+        rows = self._train_rows[self.tasks.index_at(epoch)]
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        sampler = LengthGroupedSampler(
+            self.batch_size, lengths=[len(ids) for ids in rows["input_ids"]], generator=generator
+        )
+        return ResumableDataLoader(
+            rows,
+            batch_size=self.batch_size,
+            sampler=sampler,
+            collate_fn=partial(collate, pad_token_id=self.tokenizer.pad_token_id),
+            num_workers=self.num_workers,
+            generator=generator,
+        )
+
+    def val_dataloader(self) -> list[DataLoader]:
+        """One loader for each task's test rows and each of its probes, in the order of :attr:`evaluations`."""
+        return [
+            DataLoader(
+                rows,
+                batch_size=self.eval_batch_size,
+                collate_fn=partial(collate, pad_token_id=self.tokenizer.pad_token_id),
+                num_workers=self.num_workers,
+                generator=torch.Generator(),
+            )
+            for _, _, rows in self._evaluations
+        ]

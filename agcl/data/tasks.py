@@ -1,0 +1,315 @@
+"""Declaring tasks, and turning their rows into token ids with the answer marked."""
+
+import string
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+import torch
+from datasets import ClassLabel, Dataset
+from transformers import PreTrainedTokenizerBase
+
+from agcl.errors import AgclError
+
+IGNORED_LABEL = -100  # what torch's cross entropy leaves out
+BUILTIN_FOLDER = Path(__file__).parent / "builtin"
+_BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+
+TaskMetric = Literal["exact_match", "label_accuracy", "label_ranking"]
+
+
+@dataclass
+class Probe:
+    """Other rows, or another wording, that a task is scored on beside its own test rows.
+
+    Args:
+        split: Rows, in the slicing syntax of ``datasets`` (``train[64:96]``); the task's test split if left out.
+        prompt: Prompt template; the task's own if left out.
+    """
+
+    split: str | None = None
+    prompt: str | None = None
+
+
+@dataclass
+class Task:
+    """One task of the sequence.
+
+    Args:
+        name: Its name in tables, file names and TensorBoard tags.
+        source: ``builtin:FOLDER/NAME``, a local JSONL, JSON, CSV, TSV or Parquet file (also gzipped), a mapping of split
+            names to such files, or a data set's name on the hub.
+        prompt: Template of the prompt; ``{column}`` is replaced by the row's value.
+        answer: Template of the answer. It is joined to the prompt as it stands, so it usually starts with a space; the
+            tokenizer's end-of-sequence token is added.
+        subset: The hub data set's configuration, if it has several.
+        train_split: Rows to learn, in the slicing syntax of ``datasets`` (``train[:64]``).
+        test_split: Rows to be scored on. For facts to be memorised, the same as ``train_split``.
+        probes: Further rows or wordings to be scored on, by name.
+        epochs: Passes over the training rows.
+        metric: ``exact_match``: share of greedily generated answers that equal the row's. ``label_accuracy``: the same
+            for a closed set of labels. ``label_ranking``: share of rows whose own label has the highest likelihood of
+            all ``labels``; it hides a forgotten answer format.
+        labels: The closed set of answers (required by the two label metrics), as the rows spell them.
+
+    Raises:
+        AgclError: If a value is not usable; the message names the task.
+    """
+
+    name: str
+    source: str | dict[str, str]
+    prompt: str = "{prompt}"
+    answer: str = " {answer}"
+    subset: str | None = None
+    train_split: str = "train"
+    test_split: str = "test"
+    probes: dict[str, Probe] = field(default_factory=dict)
+    epochs: int = 1
+    metric: TaskMetric = "exact_match"
+    labels: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.name or any(c in self.name for c in "/\\ "):
+            raise AgclError(f"Task name {self.name!r} must not be empty or contain slashes or spaces.")
+        if self.epochs < 1:
+            raise AgclError(f"Task `{self.name}`: `epochs` is {self.epochs}; give at least 1.")
+        if self.metric.startswith("label") and not self.labels:
+            raise AgclError(f"Task `{self.name}`: metric `{self.metric}` needs `labels`, the list of possible answers.")
+        if self.labels is not None and len(template_columns(self.answer)) != 1:
+            raise AgclError(f"Task `{self.name}`: with `labels`, `answer` must hold exactly one {{column}}.")
+
+    def evaluations(self) -> Iterator[tuple[str | None, Probe]]:
+        """Yield what the task is scored on: ``(None, test rows)`` first, then each probe with its name."""
+        yield None, Probe(self.test_split, self.prompt)
+        for name, probe in self.probes.items():
+            yield name, Probe(probe.split or self.test_split, probe.prompt or self.prompt)
+
+
+class TaskSequence(Sequence[Task]):
+    """Tasks in the order of learning; task ``i`` owns a contiguous range of training epochs.
+
+    Raises:
+        AgclError: If there is no task, or two share a name.
+    """
+
+    def __init__(self, tasks: Sequence[Task]) -> None:
+        if not tasks:
+            raise AgclError("`tasks` is empty: declare at least one task.")
+        names = [task.name for task in tasks]
+        for name in names:
+            if names.count(name) > 1:
+                raise AgclError(f"Two tasks are named `{name}`: task names must differ.")
+        self._tasks = list(tasks)
+        self._ends = list(accumulate(task.epochs for task in tasks))
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._tasks[index]
+
+    @property
+    def total_epochs(self) -> int:
+        """Epochs of all tasks together: the Trainer's ``max_epochs``."""
+        return self._ends[-1]
+
+    def index_at(self, epoch: int) -> int:
+        """0-based index of the task that training epoch ``epoch`` (0-based) belongs to; the last one's beyond the end."""
+        return min(self.num_completed(epoch), len(self) - 1)
+
+    def epoch_in_task(self, epoch: int) -> int:
+        """0-based epoch within its task."""
+        index = self.index_at(epoch)
+        return epoch - (self._ends[index] - self[index].epochs)
+
+    def starts_at(self, epoch: int) -> bool:
+        """Whether ``epoch`` is the first one of a task."""
+        return self.epoch_in_task(epoch) == 0
+
+    def num_completed(self, epoch: int) -> int:
+        """Number of tasks whose epochs all lie before ``epoch``."""
+        return bisect_right(self._ends, epoch)
+
+    def ends_at(self, epoch: int) -> bool:
+        """Whether ``epoch`` is the last one of a task: a task boundary follows."""
+        return epoch + 1 in self._ends
+
+
+def template_columns(template: str) -> list[str]:
+    """Names of the columns that a ``{column}`` template refers to."""
+    return [name for _, name, _, _ in string.Formatter().parse(template) if name]
+
+
+def load_rows(task: Task, split: str, columns: Sequence[str]) -> Dataset:
+    """Load the rows of one split of a task, class labels already turned into their names.
+
+    Args:
+        task: The task.
+        split: Split in the slicing syntax of ``datasets``.
+        columns: Columns that must be there.
+
+    Raises:
+        AgclError: If the source, split or a column is missing, or there is no row; names the task.
+    """
+    with _quiet_datasets():
+        try:
+            rows = datasets.load_dataset(**_load_arguments(task), split=split)
+        except AgclError:
+            raise
+        except Exception as error:  # the library raises a dozen unrelated types for a file or split that is not right
+            reason = " ".join(str(error.__cause__ or error).split())[:300]
+            if "corresponds to no data" in reason:
+                reason = "it is empty"
+            raise AgclError(f"Task `{task.name}`: split `{split}` of {task.source} cannot be loaded: {reason}") from error
+    for column in columns:
+        if column not in rows.column_names:
+            raise AgclError(
+                f"Task `{task.name}`: there is no column `{column}` in {task.source}; "
+                f"its columns are {', '.join(rows.column_names)}."
+            )
+    if len(rows) == 0:
+        raise AgclError(f"Task `{task.name}`: split `{split}` of {task.source} is empty: it holds no row.")
+    return rows
+
+
+def _load_arguments(task: Task) -> dict[str, Any]:
+    """Arguments of ``datasets.load_dataset`` for the task's source."""
+    files = task.source if isinstance(task.source, dict) else {"train": task.source}
+    first = next(iter(files.values()))
+    if first.startswith("builtin:"):
+        path = BUILTIN_FOLDER / (first.removeprefix("builtin:") + ".jsonl")
+        if not path.is_file():
+            names = sorted(str(p.relative_to(BUILTIN_FOLDER).with_suffix("")) for p in BUILTIN_FOLDER.glob("*/*.jsonl"))
+            raise AgclError(f"Task `{task.name}`: there is no `{first}`; built in are {', '.join(names)}.")
+        return {"path": "json", "data_files": {"train": str(path)}}
+    suffixes = Path(first).suffixes
+    suffix = next((s for s in reversed(suffixes) if s in _BUILDERS), None)
+    if suffix is None:
+        if first.startswith((".", "/", "~")) and not Path(first).expanduser().exists():
+            raise AgclError(f"Task `{task.name}`: {first} does not exist.")
+        return {"path": first, "name": task.subset}
+    for path in files.values():
+        if not Path(path).expanduser().is_file():
+            raise AgclError(f"Task `{task.name}`: the file {path} does not exist.")
+    arguments: dict[str, Any] = {"path": _BUILDERS[suffix]}
+    arguments["data_files"] = {name: str(Path(path).expanduser()) for name, path in files.items()}
+    if suffix == ".tsv":
+        arguments["sep"] = "\t"
+    return arguments
+
+
+@contextmanager
+def _quiet_datasets() -> Iterator[None]:
+    """Hide the library's progress bars, which would cut into the run's own display; put them back afterwards."""
+    were_disabled = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not were_disabled:
+            datasets.enable_progress_bars()
+
+
+class AnswerEncoder:
+    """Turns rows into ``prompt + answer + end of sequence`` token ids, the prompt masked in ``labels``.
+
+    Prompt and answer are tokenised apart, so the boundary between them never falls inside a token.
+
+    Args:
+        tokenizer: Adds its beginning-of-sequence token to the prompt where it has that habit.
+        max_length: Longest allowed row in tokens.
+        truncation: What happens to a longer one: ``error``, or ``left``: the prompt loses its beginning.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, max_length: int, truncation: Literal["error", "left"] = "error"
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.truncation = truncation
+
+    def encode_answer(self, text: str) -> list[int]:
+        """Token ids of an answer, closed by the end-of-sequence token."""
+        return [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.tokenizer.eos_token_id]
+
+    def encode_rows(self, task: Task, split: str, prompt: str) -> Dataset:
+        """Load and encode one split.
+
+        Returns:
+            A data set with columns ``input_ids`` and ``labels`` (lists of int, equally long; -100 on the prompt),
+            ``answer`` (str, stripped) and ``label`` (index in ``task.labels``, or -1).
+
+        Raises:
+            AgclError: As :func:`load_rows`; also for an empty or missing value, a label outside the declared set and a
+                row that is too long. Names task and row.
+        """
+        rows = load_rows(task, split, [*template_columns(prompt), *template_columns(task.answer)])
+        names = {column: f for column, f in rows.features.items() if isinstance(f, ClassLabel)}
+
+        def encode(row: dict[str, Any], index: int) -> dict[str, Any]:
+            values = {c: names[c].int2str(v) if c in names and v is not None else v for c, v in row.items()}
+            return self._encode_row(task, values, prompt, f"row {index} of `{split}`")
+
+        with _quiet_datasets():
+            return rows.map(encode, with_indices=True, remove_columns=rows.column_names, load_from_cache_file=False)
+
+    def _encode_row(self, task: Task, row: Mapping[str, Any], prompt: str, where: str) -> dict[str, Any]:
+        for column in (*template_columns(prompt), *template_columns(task.answer)):
+            if row[column] is None or not str(row[column]).strip():
+                raise AgclError(f"Task `{task.name}`: column `{column}` is empty in {where}.")
+        answer = task.answer.format(**row)
+        label = -1
+        if task.labels is not None:
+            value = str(row[template_columns(task.answer)[0]])
+            if value not in task.labels:
+                raise AgclError(
+                    f"Task `{task.name}`: {where} has the label {value!r}, which is not among `labels` "
+                    f"({', '.join(task.labels)})."
+                )
+            label = task.labels.index(value)
+        prompt_ids = self.tokenizer(prompt.format(**row))["input_ids"]
+        answer_ids = self.encode_answer(answer)
+        excess = len(prompt_ids) + len(answer_ids) - self.max_length
+        if excess > 0:
+            if self.truncation == "error" or excess >= len(prompt_ids):
+                raise AgclError(
+                    f"Task `{task.name}`: {where} has {len(prompt_ids)} + {len(answer_ids)} tokens (prompt + answer), "
+                    f"more than the {self.max_length} allowed. Shorten it, raise `max_length` if the model's context "
+                    "allows, or set `truncation: left`."
+                )
+            prompt_ids = prompt_ids[excess:]
+        return {
+            "input_ids": prompt_ids + answer_ids,
+            "labels": [IGNORED_LABEL] * len(prompt_ids) + answer_ids,
+            "answer": answer.strip(),
+            "label": label,
+        }
+
+
+def collate(rows: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[str, Any]:
+    """Pad rows on the left to the longest one.
+
+    Left padding puts all answers at the end, so that the vocabulary projection is needed on the last positions only.
+
+    Returns:
+        ``input_ids``, ``labels`` (int64, shape ``(batch, length)``), ``attention_mask`` (int64, 1 on tokens), ``label``
+        (int64, shape ``(batch,)``) and ``answer`` (list of str).
+    """
+    length = max(len(row["input_ids"]) for row in rows)
+
+    def padded(column: str, value: int) -> torch.Tensor:
+        return torch.tensor([[value] * (length - len(row[column])) + list(row[column]) for row in rows])
+
+    lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+    return {
+        "input_ids": padded("input_ids", pad_token_id),
+        "labels": padded("labels", IGNORED_LABEL),
+        "attention_mask": (torch.arange(length) >= length - lengths[:, None]).long(),
+        "label": torch.tensor([row["label"] for row in rows]),
+        "answer": [row["answer"] for row in rows],
+    }

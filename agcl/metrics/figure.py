@@ -1,0 +1,51 @@
+"""The score matrix as a picture."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from matplotlib.figure import Figure
+from torch import Tensor
+
+
+def plot_score_matrix(
+    matrix: Tensor, task_names: Sequence[str], ax: Any = None, title: str | None = None
+) -> tuple[Any, Any]:
+    """Draw a score matrix as an annotated heat map, colours fixed to [0, 1]; the task just learned is framed.
+
+    Args:
+        matrix: Shape ``(T + 1, T)``, NaN where not measured (left blank).
+        task_names: The T names, in the order of learning.
+        ax: Matplotlib axes to draw on; a new figure (outside pyplot) if left out.
+        title: Heading.
+
+    Returns:
+        Figure and axes.
+    """
+    num_tasks = len(task_names)
+    if ax is None:
+        figure = Figure(figsize=(2.4 + 0.75 * num_tasks, 1.9 + 0.45 * num_tasks), layout="constrained")
+        ax = figure.add_subplot()
+    image = ax.imshow(matrix.tolist(), vmin=0, vmax=1, cmap="viridis", aspect="auto")
+    ax.set_xticks(range(num_tasks), task_names, rotation=30, ha="right", rotation_mode="anchor")
+    ax.set_yticks(range(num_tasks + 1), ["before training", *(f"after {name}" for name in task_names)])
+    ax.set_xlabel("task scored")
+    for row, values in enumerate(matrix.tolist()):
+        for column, value in enumerate(values):
+            if math.isnan(value):
+                continue
+            just_learned = row == column + 1
+            ax.text(
+                column,
+                row,
+                f"{value:.2f}",
+                ha="center",
+                va="center",
+                fontsize=9,
+                color="white" if value < 0.6 else "black",
+                fontweight="bold" if just_learned else "normal",
+            )
+    if title:
+        ax.set_title(title, fontsize=9, wrap=True)
+    ax.figure.colorbar(image, ax=ax, label="score", shrink=0.9)
+    return ax.figure, ax

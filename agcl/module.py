@@ -1,0 +1,330 @@
+"""The LightningModule that learns one task after another and scores all of them at each task boundary."""
+
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
+from peft import get_peft_config, get_peft_model
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+from torchmetrics import MetricCollection
+
+from agcl.data.tasks import IGNORED_LABEL, TaskSequence
+from agcl.errors import AgclError
+from agcl.metrics import (
+    AveragePerformance,
+    BackwardTransfer,
+    Forgetting,
+    ForwardTransfer,
+    LearningAccuracy,
+    ScoreMatrix,
+)
+from agcl.models import load_model, load_tokenizer
+from agcl.schedules import WarmupDecay
+from agcl.scoring import TaskScorer, answer_logits, token_nll
+
+SCORE, NLL = "score", "nll"
+
+
+class ContinualLM(LightningModule):
+    """A causal language model that learns a sequence of tasks in one ``Trainer.fit``.
+
+    Each task starts with a fresh optimizer state and learning-rate schedule. All tasks are scored before any training and
+    at the end of each task, in Lightning's validation loop; the score matrix is kept in ``score_matrices``.
+
+    Args:
+        model_name_or_path: Hub name, local folder, or ``builtin:smollm2-135m-instruct``.
+        gguf_file: GGUF file in that folder or repository, if any.
+        adapter: A PEFT configuration (``{peft_type: LORA, r: 8, ...}``); all weights are trained if left out.
+        optimizer: Any ``torch.optim`` class with its arguments.
+        lr_scheduler: Any torch scheduler, stepped once per optimizer step and begun anew with each task.
+        gradient_checkpointing: Recompute activations in the backward pass to save memory.
+        attn_implementation: As in transformers; attribution needs ``sdpa`` or ``eager``.
+        trust_remote_code: Run model code that comes with the checkpoint. Off unless you trust its author.
+    """
+
+    def __init__(
+        self,
+        model_name_or_path: str = "builtin:smollm2-135m-instruct",
+        gguf_file: str | None = None,
+        adapter: dict[str, Any] | None = None,
+        optimizer: OptimizerCallable = AdamW,
+        lr_scheduler: LRSchedulerCallable = WarmupDecay,
+        gradient_checkpointing: bool = False,
+        attn_implementation: str | None = "sdpa",
+        trust_remote_code: bool = False,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
+        self.model_name_or_path = model_name_or_path
+        self.gguf_file = gguf_file
+        self.adapter = adapter
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.gradient_checkpointing = gradient_checkpointing
+        self.attn_implementation = attn_implementation
+        self.trust_remote_code = trust_remote_code
+        self.model: Any = None
+        # In plain containers, thus not submodules: they are saved with the run's state, not with the weights.
+        self.score_matrices: dict[str, ScoreMatrix] = {}
+        self._transfer: list[MetricCollection] = []
+        self._scorers: list[TaskScorer] = []
+        self._task_begun: int | None = None
+        self._scored_late: int | None = None
+        self._random_state: dict[str, Any] | None = None
+        self._fresh_states: tuple[dict[str, Any], dict[str, Any]] | None = None
+
+    # ------------------------------------------------------------------ set-up
+
+    def setup(self, stage: str) -> None:
+        """Prepare the score matrices: one for scores, one for losses, and two for each kind of probe."""
+        if self.trainer.state.fn != TrainerFn.FITTING or self.score_matrices:
+            return
+        probes = dict.fromkeys(probe for _, probe in self._data.evaluations)
+        names = [matrix_name(kind, probe) for probe in probes for kind in (SCORE, NLL)]
+        self.score_matrices = {name: ScoreMatrix(len(self.tasks)) for name in names}
+        self._transfer = [transfer_metrics(len(self.tasks))]
+
+    def configure_model(self) -> None:
+        """Load the language model; Lightning calls this after the data has been checked."""
+        if self.model is not None:
+            return
+        self.tokenizer = load_tokenizer(
+            self.model_name_or_path, gguf_file=self.gguf_file, trust_remote_code=self.trust_remote_code
+        )
+        model: Any = load_model(
+            self.model_name_or_path,
+            gguf_file=self.gguf_file,
+            attn_implementation=self.attn_implementation,
+            trust_remote_code=self.trust_remote_code,
+        )
+        if self.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
+        if self.adapter is not None:
+            if self.gradient_checkpointing:
+                model.enable_input_require_grads()
+            model = get_peft_model(model, get_peft_config({"task_type": "CAUSAL_LM", **self.adapter}))
+        self.model = model.train()
+
+    def configure_optimizers(self) -> Any:
+        """Optimizer and scheduler, stepped together; their fresh states are kept for the tasks to come."""
+        optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
+        scheduler = self.lr_scheduler(optimizer)
+        self._fresh_states = (deepcopy(optimizer.state_dict()), deepcopy(scheduler.state_dict()))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    @property
+    def tasks(self) -> TaskSequence:
+        """The tasks of the data module that this module is trained on."""
+        return self._data.tasks
+
+    @property
+    def _data(self) -> Any:
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if not isinstance(getattr(datamodule, "tasks", None), TaskSequence):
+            raise AgclError("ContinualLM learns from a ContinualDataModule: pass it as `trainer.fit(model, datamodule=...)`.")
+        return datamodule
+
+    # ---------------------------------------------------------------- training
+
+    def on_train_start(self) -> None:
+        """On resuming: go on with the random numbers (dropout), and make up for scoring that did not take place."""
+        if self._random_state is not None:
+            torch.set_rng_state(self._random_state["cpu"].cpu())
+            if len(self._random_state["cuda"]) == torch.cuda.device_count():
+                torch.cuda.set_rng_state_all([state.cpu() for state in self._random_state["cuda"]])
+            self._random_state = None
+        completed = self.tasks.num_completed(self.trainer.current_epoch)
+        if completed and self.score_matrices[SCORE].compute()[completed].isnan().all():
+            # From a checkpoint of an epoch's last batch, Lightning goes on with the next epoch without validating.
+            self._score_late(completed)
+
+    def on_train_epoch_start(self) -> None:
+        """Begin the task, if it is its first epoch."""
+        self._begin_epoch()
+
+    def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Begin the epoch where Lightning, resuming from a checkpoint inside of one, left its start out."""
+        self._begin_epoch()
+
+    def _begin_epoch(self) -> None:
+        """A task starts with a fresh optimizer and schedule; only its last epoch ends with scoring."""
+        if self._task_begun != self.task_index:
+            self._restart_optimizer()
+            self._task_begun = self.task_index
+        epoch = self.trainer.current_epoch
+        # Lightning validates where `epoch + 1` is a multiple of this.
+        self.trainer.check_val_every_n_epoch = 1 if self.tasks.ends_at(epoch) else epoch + 2
+
+    def _restart_optimizer(self) -> None:
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        scheduler = self.lr_schedulers()
+        if not isinstance(optimizer, Optimizer) or self._fresh_states is None:
+            raise AgclError("ContinualLM trains with exactly one optimizer.")
+        optimizer_state, scheduler_state = deepcopy(self._fresh_states)
+        optimizer.load_state_dict(optimizer_state)
+        scheduler.load_state_dict(scheduler_state)  # type: ignore[union-attr, arg-type]
+        if isinstance(scheduler, WarmupDecay):
+            batches = int(self.trainer.num_training_batches) * self.tasks[self.task_index].epochs
+            scheduler.start(max(1, batches // self.trainer.accumulate_grad_batches))
+
+    @property
+    def task_index(self) -> int:
+        """0-based index of the task being learned."""
+        return self.tasks.index_at(self.trainer.current_epoch)
+
+    def forward(self, **inputs: Any) -> Any:
+        """Run the wrapped language model."""
+        return self.model(**inputs)
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Mean negative log-likelihood of the batch's answer tokens, in nats."""
+        logits, targets = answer_logits(self.model, batch)
+        loss = token_nll(logits, targets).sum() / (targets != IGNORED_LABEL).sum()
+        task = self.tasks[self.task_index].name
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        self.log("loss", loss.detach(), prog_bar=True, logger=False)
+        self.log(f"train/{task}/loss", loss.detach())
+        self.log(f"train/{task}/learning_rate", optimizer.param_groups[0]["lr"])  # type: ignore[union-attr]
+        return loss
+
+    # ----------------------------------------------------------------- scoring
+
+    def on_validation_epoch_start(self) -> None:
+        """Begin a scorer for each evaluation set."""
+        self._scorers = [
+            TaskScorer(
+                self.tasks[index], self._data.label_candidates(index), self._data.max_answer_tokens(evaluation)
+            ).to(self.device)
+            for evaluation, (index, _) in enumerate(self._data.evaluations)
+        ]
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Score one batch of one evaluation set."""
+        self._scorers[dataloader_idx].update(self.model, self.tokenizer, batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Enter the scores in the matrices and log them with the continual metrics that follow."""
+        values: dict[str, Tensor] = {}
+        for (index, probe), scorer in zip(self._data.evaluations, self._scorers, strict=True):
+            task = self.tasks[index]
+            for kind, value in scorer.compute().items():
+                name = task.metric if kind == SCORE else kind
+                values["/".join(("eval", task.name, *([probe] if probe else []), name))] = value
+                if self.trainer.state.fn == TrainerFn.FITTING:
+                    self._enter(matrix_name(kind, probe), self.num_learned, index, value)
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            values |= {f"transfer/{name}": value for name, value in self.transfer().items()}
+        self._log_scores({name: value for name, value in values.items() if not value.isnan()})
+
+    def _score_late(self, num_learned: int) -> None:
+        """Score all tasks outside of Lightning's validation loop, which cannot be run at the start of training."""
+        self._scored_late = num_learned
+        self.eval()
+        with torch.no_grad(), self.trainer.precision_plugin.forward_context():
+            self.on_validation_epoch_start()
+            for index, loader in enumerate(self._data.val_dataloader()):
+                for batch_idx, batch in enumerate(loader):
+                    self.validation_step(self.transfer_batch_to_device(batch, self.device, index), batch_idx, index)
+            self.on_validation_epoch_end()
+        self.train()
+        self._scored_late = None
+
+    def _log_scores(self, values: dict[str, Tensor]) -> None:
+        if self.trainer.sanity_checking:  # scoring before any training; Lightning drops what is logged then
+            for logger in self.trainer.loggers:
+                logger.log_metrics({name: value.item() for name, value in values.items()}, step=0)
+        else:
+            self.log_dict({name: value.float() for name, value in values.items()})
+
+    @property
+    def num_learned(self) -> int:
+        """Number of tasks learned when the present scoring takes place: 0 before any training."""
+        if self.trainer.sanity_checking:
+            return 0
+        return self._scored_late or self.task_index + 1
+
+    def transfer(self) -> dict[str, Tensor]:
+        """The five continual-learning metrics of the scores so far (scalars; NaN where undefined)."""
+        return self._transfer[0].compute()
+
+    def _enter(self, matrix: str, num_learned: int, task_index: int, value: Tensor) -> None:
+        self.score_matrices[matrix].update(num_learned, task_index, value)
+        if matrix == SCORE:
+            self._transfer[0].update(num_learned, task_index, value)
+
+    # ------------------------------------------------------------- checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the score matrices, the random-number state, and what identifies model and tasks."""
+        checkpoint["agcl"] = {
+            "scores": {name: matrix.compute().cpu() for name, matrix in self.score_matrices.items()},
+            "random": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
+            "shapes": self._shapes(),
+            "tasks": self._task_epochs(),
+            "task_begun": self._task_begun,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check that the checkpoint fits; within a run, restore the score matrices.
+
+        Raises:
+            AgclError: If the checkpoint is not agcl's, of another model, or, within a run, of another sequence of tasks.
+        """
+        saved = checkpoint.get("agcl")
+        if saved is None:
+            raise AgclError("This checkpoint was not written by agcl: it holds no score matrix.")
+        ours = self._shapes()
+        for name in sorted(saved["shapes"].keys() | ours.keys()):
+            if saved["shapes"].get(name) != ours.get(name):
+                raise AgclError(
+                    f"The checkpoint is of another model: `{name}` is {saved['shapes'].get(name, 'absent')} there and "
+                    f"{ours.get(name, 'absent')} in `{self.model_name_or_path}`. Resume with the configuration that it "
+                    "was saved with."
+                )
+        if not self.score_matrices:  # the weights are loaded outside a run
+            return
+        if saved["tasks"] != self._task_epochs():
+            raise AgclError(
+                f"The checkpoint was saved while learning the tasks {saved['tasks']} (name, epochs), but the "
+                f"configuration declares {self._task_epochs()}. Resume with the configuration that it was saved with."
+            )
+        for name, scores in saved["scores"].items():
+            for num_learned, task_index in scores.isfinite().nonzero().tolist():
+                self._enter(name, num_learned, task_index, scores[num_learned, task_index])
+        self._task_begun = saved["task_begun"]
+        self._random_state = saved["random"]
+        self.trainer.num_sanity_val_steps = 0  # the scores before any training are among those restored
+
+    def _task_epochs(self) -> list[list[Any]]:
+        return [[task.name, task.epochs] for task in self.tasks]
+
+    def _shapes(self) -> dict[str, list[int]]:
+        return {name: list(parameter.shape) for name, parameter in self.named_parameters()}
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the language model (or its adapter) and tokenizer in Hugging Face format."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+
+def matrix_name(kind: str, probe: str | None) -> str:
+    """Key of a score matrix: ``score`` or ``nll``, followed by the probe's name where it is one's."""
+    return kind if probe is None else f"{kind}/{probe}"
+
+
+def transfer_metrics(num_tasks: int) -> MetricCollection:
+    """The continual-learning metrics, over one shared score matrix."""
+    return MetricCollection(
+        {
+            "average_performance": AveragePerformance(num_tasks),
+            "backward_transfer": BackwardTransfer(num_tasks),
+            "forgetting": Forgetting(num_tasks),
+            "forward_transfer": ForwardTransfer(num_tasks),
+            "learning_accuracy": LearningAccuracy(num_tasks),
+        }
+    )

@@ -1,0 +1,156 @@
+"""Answers of a causal language model: their likelihood, greedy generation, ranking of labels, and the scores of a task."""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, Metric
+from torchmetrics.classification import MulticlassAccuracy
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from agcl.data.tasks import IGNORED_LABEL, Task, collate
+
+
+def answer_logits(model: PreTrainedModel, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Logits that predict the answer tokens of left-padded rows.
+
+    The vocabulary projection, most of a small model's memory, is computed only on the trailing positions that hold some
+    row's answer.
+
+    Args:
+        model: A causal language model, or a PEFT model around one.
+        batch: ``input_ids``, ``attention_mask`` and ``labels`` (int64, shape ``(batch, length)``), padded on the left.
+
+    Returns:
+        Logits of shape ``(batch, answer_length, vocabulary)`` and targets of shape ``(batch, answer_length)``, -100 where
+        a row's answer is shorter.
+    """
+    labels = batch["labels"]
+    has_answer = (labels != IGNORED_LABEL).any(dim=0)
+    answer_length = int(labels.shape[1] - has_answer.nonzero()[0, 0])
+    accepted = inspect.signature(_base_model(model).forward).parameters
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
+    if "position_ids" in accepted:
+        # Rotary embeddings would not mind the padding's offset, learned position embeddings do.
+        inputs["position_ids"] = (batch["attention_mask"].cumsum(dim=-1) - 1).clamp(min=0)
+    if "logits_to_keep" in accepted:
+        inputs["logits_to_keep"] = answer_length + 1
+    logits = model(**inputs).logits[:, -answer_length - 1 : -1]
+    return logits, labels[:, -answer_length:]
+
+
+def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
+    """Negative log-likelihood of each target token, in nats and float32; 0 where the target is -100. Shape of targets."""
+    return nn.functional.cross_entropy(
+        logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED_LABEL, reduction="none"
+    ).view_as(targets)
+
+
+def generate_answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+) -> list[str]:
+    """Greedy answers to prompts given as token ids, special tokens and surrounding white space removed."""
+    rows = [{"input_ids": ids, "labels": ids, "label": -1, "answer": ""} for ids in prompts]
+    batch = collate(rows, int(tokenizer.pad_token_id))
+    input_ids = batch["input_ids"].to(model.device)
+    output = model.generate(
+        input_ids=input_ids,
+        attention_mask=batch["attention_mask"].to(model.device),
+        generation_config=GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        ),
+    )
+    texts = tokenizer.batch_decode(output[:, input_ids.shape[1] :], skip_special_tokens=True)
+    return [text.strip() for text in texts]
+
+
+def rank_labels(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], candidates: Sequence[Sequence[int]], pad_token_id: int
+) -> Tensor:
+    """Index of the most likely candidate answer for each prompt: log-likelihood summed over the candidate's tokens.
+
+    Args:
+        model: The language model.
+        prompts: Token ids of the prompts.
+        candidates: Token ids of the possible answers, end-of-sequence token included.
+        pad_token_id: For padding.
+
+    Returns:
+        int64 tensor of shape ``(len(prompts),)`` on the model's device.
+    """
+    log_likelihoods = []
+    for candidate in candidates:
+        rows = [
+            {
+                "input_ids": [*prompt, *candidate],
+                "labels": [IGNORED_LABEL] * len(prompt) + list(candidate),
+                "label": -1,
+                "answer": "",
+            }
+            for prompt in prompts
+        ]
+        batch = collate(rows, pad_token_id)
+        tensors = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask", "labels")}
+        log_likelihoods.append(-token_nll(*answer_logits(model, tensors)).sum(dim=-1))
+    return torch.stack(log_likelihoods).argmax(dim=0)
+
+
+class TaskScorer(nn.Module):
+    """Accumulates one task's score and its answers' negative log-likelihood over batches, on any number of ranks.
+
+    Args:
+        task: The task; its ``metric`` decides what the score is.
+        candidates: Token ids of ``task.labels`` as answers (empty for ``exact_match``).
+        max_new_tokens: Length limit of generated answers.
+    """
+
+    def __init__(self, task: Task, candidates: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+        super().__init__()
+        self.task = task
+        self.candidates = candidates
+        self.max_new_tokens = max_new_tokens
+        self.score: Metric
+        if task.metric == "exact_match":
+            self.score = MeanMetric()
+        else:
+            # One class more than labels: what is generated may be none of them.
+            self.score = MulticlassAccuracy(num_classes=len(task.labels or ()) + 1, average="micro")
+        self.nll = MeanMetric()
+
+    def update(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: Mapping[str, Any]) -> None:
+        """Score one collated batch."""
+        logits, targets = answer_logits(model, batch)
+        is_answer = targets != IGNORED_LABEL
+        self.nll.update(token_nll(logits, targets)[is_answer], torch.ones_like(targets)[is_answer])
+        is_prompt = batch["attention_mask"].bool() & (batch["labels"] == IGNORED_LABEL)
+        prompts = [ids[mask].tolist() for ids, mask in zip(batch["input_ids"], is_prompt, strict=True)]
+        if self.task.metric == "label_ranking":
+            self.score.update(
+                rank_labels(model, prompts, self.candidates, int(tokenizer.pad_token_id)), batch["label"]
+            )
+            return
+        answers = generate_answers(model, tokenizer, prompts, self.max_new_tokens)
+        if self.task.metric == "exact_match":
+            hits = [float(given == wanted) for given, wanted in zip(answers, batch["answer"], strict=True)]
+            self.score.update(torch.tensor(hits, device=targets.device))
+        else:
+            labels = [label.strip() for label in self.task.labels or ()]
+            given = [labels.index(answer) if answer in labels else len(labels) for answer in answers]
+            self.score.update(torch.tensor(given, device=targets.device), batch["label"])
+
+    def compute(self) -> dict[str, Tensor]:
+        """``score`` (share in [0, 1]) and ``nll`` (nats per answer token) over all that was seen, scalars."""
+        return {"score": self.score.compute(), "nll": self.nll.compute()}
+
+
+def _base_model(model: Any) -> PreTrainedModel:
+    """The transformers model inside a PEFT model, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model

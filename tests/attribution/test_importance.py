@@ -1,0 +1,336 @@
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from agcl.attribution import importance as module
+from agcl.attribution.importance import (
+    ImportanceConfig,
+    SampleAggregator,
+    check_importance,
+    dequantise,
+    load_importance,
+    log_scale,
+    merge_maximum,
+    normalise,
+    quantise,
+    save_importance,
+)
+from agcl.errors import AgclError
+
+SHAPES = {"matrix": (7, 5), "vector": (6,), "experts": (2, 3, 4)}
+
+
+def samples(count, scale=1.0):
+    generator = torch.Generator().manual_seed(3)
+    return [
+        {name: scale * torch.randn(shape, generator=generator) ** 3 for name, shape in SHAPES.items()}
+        for _ in range(count)
+    ]
+
+
+def reference_scores(relevances, config):
+    """Eq. 10 in float64, all samples at once."""
+    scores = {}
+    for name in SHAPES:
+        values = np.stack([sample[name].double().numpy() for sample in relevances])
+        if config.sign == "absolute":
+            values = np.abs(values)
+        if config.normalisation == "log":
+            largest = np.abs(values).reshape(len(values), -1).max(1).reshape(-1, *[1] * (values.ndim - 1))
+            values = np.sign(values) * np.log1p(config.alpha * np.abs(values) / largest) / np.log1p(config.alpha)
+        kept = np.sort(values, axis=0)[::-1][: config.top_k]
+        scores[name] = np.clip(kept.mean(0), 0, None)
+    return scores
+
+
+@pytest.mark.parametrize("num_samples", [1, 3, 20])
+@pytest.mark.parametrize("top_k", [None, 1, 8])
+@pytest.mark.parametrize("sign", ["positive", "absolute"])
+@pytest.mark.parametrize("normalisation", ["log", "quantile"])
+def test_aggregation_equals_the_naive_reference(monkeypatch, num_samples, top_k, sign, normalisation):
+    monkeypatch.setattr(module, "_CPU_CHUNK", 8)  # several chunks and a ragged one
+    config = ImportanceConfig(sign=sign, normalisation=normalisation, top_k=top_k)
+    relevances = samples(num_samples, scale=1e-9)  # float16 would flush unscaled relevance of this size to zero
+    aggregator = SampleAggregator(config)
+    for index, sample in enumerate(relevances):
+        for name in sorted(sample, reverse=bool(index % 2)):
+            before = sample[name].clone()
+            aggregator.update(name, sample[name])
+            assert torch.equal(sample[name], before)
+    assert aggregator.num_samples == num_samples
+    # float32 mean; float16 (2^-11) and bfloat16 (2^-8) buffers for the top-K mean.
+    tolerance = 1e-6 if top_k is None else (2**-11 if normalisation == "log" else 2**-8)
+    expected = reference_scores(relevances, config)
+    scores = aggregator.aggregate()
+    assert set(scores) == set(SHAPES)
+    for name, score in scores.items():
+        assert score.dtype == torch.float32
+        largest = np.abs(np.stack([sample[name].numpy() for sample in relevances])).max()
+        bound = tolerance * (1 if normalisation == "log" else largest)
+        np.testing.assert_allclose(score.numpy(), expected[name], rtol=0, atol=bound)
+    assert aggregator.aggregate() == {}
+
+
+def test_top_k_mean_of_negative_relevance_is_not_padded_with_zeros():
+    aggregator = SampleAggregator(ImportanceConfig(sign="positive", top_k=8))
+    for value in (4.0, -2.0):
+        aggregator.update("weight", torch.tensor([value, -1.0]))
+    # (4 - 2) / 2, not 4 / 1 or 2 / 8; a negative mean is clipped.
+    assert aggregator.pop("weight").tolist() == [1.0, 0.0]
+
+
+def test_mean_counts_a_parameter_that_a_sample_missed_as_zero():
+    aggregator = SampleAggregator(ImportanceConfig())
+    for index in range(4):
+        aggregator.update("always", torch.ones(1))
+        if index == 2:
+            aggregator.update("once", torch.full((1,), -2.0))
+    assert aggregator.pop("once").item() == 0.5
+    assert aggregator.pop("always").item() == 1.0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_aggregator_takes_other_dtypes_and_strides(dtype):
+    relevance = torch.randn(4, 6).to(dtype).T
+    for config in (ImportanceConfig.paper(), ImportanceConfig(), ImportanceConfig(top_k=2)):
+        aggregator = SampleAggregator(config)
+        aggregator.update("weight", relevance)
+        plain = SampleAggregator(config)
+        plain.update("weight", relevance.float().contiguous())
+        torch.testing.assert_close(aggregator.pop("weight"), plain.pop("weight"), rtol=1e-3, atol=1e-3)
+
+
+def test_aggregator_refuses_another_shape():
+    aggregator = SampleAggregator(ImportanceConfig())
+    aggregator.update("head.weight", torch.ones(2, 3))
+    with pytest.raises(AgclError, match=r"`head.weight` has shape \(3, 2\).*\(2, 3\)"):
+        aggregator.update("head.weight", torch.ones(3, 2))
+
+
+@pytest.mark.parametrize("magnitude", [1e-25, 1.0, 1e25])
+def test_log_scale_against_its_formula(magnitude):
+    relevance = samples(1)[0]["matrix"] * magnitude
+    exact = relevance.double()
+    expected = exact.sign() * torch.log1p(100 * exact.abs() / exact.abs().max()) / math.log1p(100)
+    torch.testing.assert_close(log_scale(relevance, 100).double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_log_scale_of_zeros_and_of_nothing():
+    assert torch.equal(log_scale(torch.zeros(2, 3)), torch.zeros(2, 3))
+    assert log_scale(torch.zeros(0, 3)).shape == (0, 3)
+    assert log_scale(torch.tensor([1e-42, 0.0])).isfinite().all()
+
+
+def levels(scores, **options):
+    options = {"normalisation": "quantile", "scope": "tensor", **options}
+    return normalise({name: torch.tensor(score) for name, score in scores.items()}, ImportanceConfig(**options))
+
+
+def test_quantile_ignores_zeros():
+    # Non-zero entries 1, 2, 3, 4; the median by the inverse of the empirical CDF is 2.
+    result = levels({"weight": [[0.0, 4.0, 0.0, 2.0], [0.0, 1.0, 3.0, 0.0]]}, quantile=0.5)
+    expected = [[0.0, 4 / 6, 0.0, 2 / 4], [0.0, 1 / 3, 3 / 5, 0.0]]
+    assert torch.equal(result["weight"], quantise(torch.tensor(expected)))
+
+
+def test_quantile_per_row_and_over_the_model():
+    scores = {"weight": [[0.0, 1.0, 3.0], [10.0, 0.0, 30.0], [0.0, 0.0, 0.0]], "bias": [0.0, 100.0]}
+    by_row = levels(scores, scope="row", quantile=0.5)
+    expected = [[0, 1 / 2, 3 / 4], [1 / 2, 0, 3 / 4], [0.0, 0.0, 0.0]]
+    assert torch.equal(by_row["weight"], quantise(torch.tensor(expected)))
+    assert by_row["bias"].tolist() == [0, 128]
+    # Non-zero entries of the model: 1, 3, 10, 30, 100.
+    by_model = levels(scores, scope="model", quantile=0.5)
+    assert torch.equal(by_model["bias"], quantise(torch.tensor([0.0, 100 / 110])))
+    assert by_model["weight"][0].tolist() == [0, round(255 / 11), round(255 * 3 / 13)]
+
+
+@pytest.mark.parametrize("quantile", [0.1, 0.7, 0.9, 0.999])
+def test_quantile_agrees_with_numpy(quantile):
+    score = torch.rand(23, 11).double().pow(4).float() * (torch.rand(23, 11) > 0.3)
+    half = np.quantile(score[score > 0].numpy(), quantile, method="inverted_cdf")
+    expected = quantise(score / (score + half))
+    assert torch.equal(levels({"weight": score.tolist()}, quantile=quantile)["weight"], expected)
+
+
+@pytest.mark.parametrize("scope", ["row", "tensor", "model"])
+@pytest.mark.parametrize("normalisation", ["quantile", "rank", "log"])
+def test_zeros_stay_zero_and_edge_shapes_pass(normalisation, scope):
+    scores = {"zero": torch.zeros(3, 4), "some": torch.tensor([0.0, 0.5]), "scalar": torch.tensor(0.5)}
+    scores |= {"empty": torch.zeros(0, 3)}
+    shapes = {name: score.shape for name, score in scores.items()}
+    result = normalise(scores, ImportanceConfig(normalisation=normalisation, scope=scope))
+    assert scores == {}
+    assert {name: value.shape for name, value in result.items()} == shapes
+    assert all(value.dtype == torch.uint8 for value in result.values())
+    assert not result["zero"].any()
+    assert result["some"][0] == 0
+    assert result["some"][1] > 0
+
+
+def test_rank_by_hand():
+    result = levels({"weight": [[0.0, 5.0], [1.0, 1.0]], "bias": [7.0]}, normalisation="rank")
+    assert torch.equal(result["weight"], quantise(torch.tensor([[0.0, 3 / 4], [1 / 4, 1 / 4]])))
+    assert result["bias"].tolist() == [0]
+    by_row = levels({"weight": [[0.0, 5.0], [1.0, 1.0]]}, normalisation="rank", scope="row")
+    assert by_row["weight"].tolist() == [[0, 128], [0, 0]]
+    by_model = levels({"weight": [[0.0, 5.0], [1.0, 1.0]], "bias": [7.0]}, normalisation="rank", scope="model")
+    assert by_model["bias"].tolist() == [round(255 * 4 / 5)]
+
+
+@pytest.mark.parametrize("size", [1, 2, 100, 255, 256, 5000])
+def test_rank_is_the_count_below_rounded_to_nearest(size):
+    score = (torch.rand(size) * 300).round()  # with ties and zeros
+    below = (score[None] < score[:, None]).sum(1).double() / size
+    error = (levels({"w": score.tolist()}, normalisation="rank")["w"].double() - 255 * below).abs()
+    assert error.max() <= 0.5
+
+
+@pytest.mark.parametrize("normalisation", ["rank", "quantile"])
+def test_model_scope_by_sample_is_close_and_deterministic(monkeypatch, normalisation):
+    config = ImportanceConfig(normalisation=normalisation, scope="model")
+    scores = {"a": torch.rand(300, 512), "b": torch.rand(100, 512) * 2}
+    exact = normalise({name: score.clone() for name, score in scores.items()}, config)
+    monkeypatch.setattr(module, "_MODEL_SAMPLE_ENTRIES", 2**14)
+    sampled = [normalise({name: score.clone() for name, score in scores.items()}, config) for _ in range(2)]
+    for name in scores:
+        assert torch.equal(sampled[0][name], sampled[1][name])
+        # Four standard errors of a rank, 0.5 / sqrt(2^14) each, in steps of 1 / 255, and rounding.
+        assert (sampled[0][name].int() - exact[name].int()).abs().max() <= 255 * 4 * 0.5 / 2**7 + 1
+    assert not torch.equal(sampled[0]["a"], exact["a"])
+
+
+@pytest.mark.parametrize("bad", [-1.0, math.nan, math.inf])
+def test_normalise_refuses_bad_scores_by_name(bad):
+    with pytest.raises(AgclError, match=r"`layer\.weight`"):
+        levels({"fine": [1.0], "layer.weight": [1.0, bad]})
+
+
+def test_log_importance_is_the_score_itself():
+    score = torch.rand(50)
+    assert torch.equal(levels({"w": score.tolist()}, normalisation="log")["w"], quantise(score.clone()))
+
+
+def test_fixed_point_is_within_half_a_step_and_exact_at_the_ends():
+    values = torch.linspace(0, 1, 10_001)
+    restored = dequantise(quantise(values.clone()))
+    assert (restored - values).abs().max() <= 1 / 510 + 1e-7
+    assert restored[0] == 0
+    assert restored[-1] == 1
+    every = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(quantise(dequantise(every)), every)
+
+
+def test_merge_maximum_is_in_place():
+    old = {"a": torch.tensor([1, 200], dtype=torch.uint8)}
+    held = old["a"]
+    new = {"a": torch.tensor([3, 4], dtype=torch.uint8), "b": torch.tensor([5], dtype=torch.uint8)}
+    assert merge_maximum(old, new) is old
+    assert old["a"] is held
+    assert held.tolist() == [3, 200]
+    assert old["b"].tolist() == [5]
+
+
+@pytest.mark.parametrize("wrong", [torch.zeros(3, dtype=torch.uint8), torch.zeros(2)])
+def test_merge_maximum_refuses_before_it_changes_anything(wrong):
+    old = {"a": torch.zeros(1, dtype=torch.uint8), "b": torch.zeros(2, dtype=torch.uint8)}
+    with pytest.raises(AgclError, match="`b`"):
+        merge_maximum(old, {"a": torch.ones(1, dtype=torch.uint8), "b": wrong})
+    assert old["a"].item() == 0
+
+
+@pytest.fixture
+def stored(tmp_path):
+    importance = {name: torch.randint(256, shape, dtype=torch.uint8) for name, shape in SHAPES.items()}
+    importance["transposed"] = torch.arange(6, dtype=torch.uint8).view(2, 3).T
+    path = tmp_path / "folder" / "task-0.safetensors"
+    save_importance(path, importance, {"task": "french"})
+    return path, importance
+
+
+def test_save_and_load(stored):
+    path, importance = stored
+    loaded, metadata = load_importance(path)
+    assert metadata == {"task": "french", "format": "agcl-importance", "format_version": "1"}
+    assert set(loaded) == set(importance)
+    assert all(torch.equal(loaded[name], importance[name]) for name in importance)
+    save_importance(path, merge_maximum(loaded, importance), metadata)
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("step", ["save_file", "fsync", "replace"])
+def test_a_failed_save_leaves_the_old_file_and_no_other(stored, monkeypatch, step):
+    path, importance = stored
+    before = path.read_bytes()
+
+    def fail(*args, **kwargs):
+        if step == "save_file":
+            Path(args[1]).write_bytes(b"half")
+        raise OSError("disk full")
+
+    owner = {"save_file": module, "fsync": module.os, "replace": Path}[step]
+    monkeypatch.setattr(owner, step, fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_importance(path, {name: value // 2 for name, value in importance.items()}, {})
+    assert path.read_bytes() == before
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_load_refuses_damaged_and_foreign_files(stored, tmp_path):
+    path, importance = stored
+    content = path.read_bytes()
+    foreign = tmp_path / "foreign.safetensors"
+    for size in (0, 5, 40, len(content) - 1):
+        foreign.write_bytes(content[:size])
+        with pytest.raises(AgclError, match=r"foreign\.safetensors"):
+            load_importance(foreign)
+    with pytest.raises(AgclError, match="missing"):
+        load_importance(tmp_path / "missing.safetensors")
+    save_file({"w": torch.zeros(2, dtype=torch.uint8)}, foreign)
+    with pytest.raises(AgclError, match=r"foreign\.safetensors is not an importance file"):
+        load_importance(foreign)
+    header = {"format": "agcl-importance", "format_version": "1"}
+    save_file({"w": torch.zeros(2)}, foreign, metadata=header)
+    with pytest.raises(AgclError, match=r"foreign\.safetensors: `w` is torch\.float32"):
+        load_importance(foreign)
+    save_file({"w": torch.zeros(2, dtype=torch.uint8)}, foreign, metadata={**header, "format_version": "99"})
+    with pytest.raises(AgclError, match=r"version 1 .*99"):
+        load_importance(foreign)
+    with pytest.raises(AgclError, match=r"`matrix` is torch\.float32"):
+        save_importance(foreign, {"matrix": importance["matrix"].float()}, {})
+
+
+def test_check_importance_names_what_does_not_fit():
+    model = torch.nn.Linear(3, 2)
+    fitting = {"weight": torch.zeros(2, 3, dtype=torch.uint8)}
+    check_importance(fitting, model.named_parameters())
+    with pytest.raises(AgclError, match=r"`weight` has shape \(3, 2\), the model's parameter \(2, 3\)"):
+        check_importance({"weight": fitting["weight"].T}, model.named_parameters())
+    with pytest.raises(AgclError, match=r"`lora` \(2, 3\): the model has no such parameter"):
+        check_importance({"lora": fitting["weight"]}, model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "allowed"),
+    [
+        ("sign", "negative", "'positive', 'absolute'"),
+        ("normalisation", "softmax", "'log', 'rank', 'quantile'"),
+        ("scope", "layer", "'row', 'tensor', 'model'"),
+        ("quantile", 1.0, "between 0 and 1"),
+        ("quantile", math.nan, "between 0 and 1"),
+        ("top_k", 0, ">= 1"),
+        ("alpha", 0.0, "above 0"),
+    ],
+)
+def test_config_names_option_and_allowed_values(option, value, allowed):
+    with pytest.raises(AgclError, match=f"`{option}` is .*{allowed}"):
+        ImportanceConfig(**{option: value})
+
+
+def test_config_of_the_paper():
+    paper = ImportanceConfig.paper()
+    assert (paper.sign, paper.normalisation, paper.top_k) == ("positive", "log", 8)

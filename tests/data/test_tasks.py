@@ -1,0 +1,153 @@
+import gzip
+import json
+
+import datasets
+import pytest
+import torch
+from conftest import character_tokenizer, write_rows
+
+from agcl.data.tasks import AnswerEncoder, Probe, Task, TaskSequence, collate, load_rows
+from agcl.errors import AgclError
+
+
+def encoder(max_length=64, truncation="error"):
+    return AnswerEncoder(character_tokenizer(), max_length, truncation)
+
+
+def test_epochs_belong_to_tasks():
+    tasks = TaskSequence([Task(name=n, source="x", epochs=e) for n, e in (("a", 2), ("b", 1), ("c", 3))])
+    assert tasks.total_epochs == 6
+    assert [tasks.index_at(epoch) for epoch in range(6)] == [0, 0, 1, 2, 2, 2]
+    assert [tasks.epoch_in_task(epoch) for epoch in range(6)] == [0, 1, 0, 0, 1, 2]
+    assert [tasks.starts_at(epoch) for epoch in range(6)] == [True, False, True, True, False, False]
+    assert [tasks.ends_at(epoch) for epoch in range(6)] == [False, True, True, False, False, True]
+    assert [tasks.num_completed(epoch) for epoch in range(7)] == [0, 0, 1, 2, 2, 2, 3]
+    assert tasks.index_at(6) == 2  # after the last epoch, when Lightning already counts on
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "csv", "tsv", "parquet"])
+def test_file_formats_give_the_same_rows(tmp_path, kind):
+    rows = [{"prompt": "cat?", "answer": "a, b"}, {"prompt": "dog?", "answer": "c"}]
+    path = tmp_path / f"rows.{kind}"
+    if kind == "parquet":
+        datasets.Dataset.from_list(rows).to_parquet(str(path))
+    elif kind == "csv" or kind == "tsv":
+        datasets.Dataset.from_list(rows).to_csv(str(path), sep="," if kind == "csv" else "\t", index=False)
+    elif kind == "jsonl":
+        write_rows(path, rows)
+    else:
+        path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
+    assert load_rows(Task(name="t", source=str(path)), "train", ["prompt", "answer"]).to_list() == rows
+
+
+def test_split_mapping_and_slices(tmp_path):
+    train = write_rows(tmp_path / "a.jsonl", [{"prompt": str(i), "answer": "x"} for i in range(4)])
+    test = write_rows(tmp_path / "b.jsonl", [{"prompt": "9", "answer": "y"}])
+    task = Task(name="t", source={"train": str(train), "test": str(test)})
+    assert load_rows(task, "test", [])["prompt"] == ["9"]
+    assert load_rows(task, "train[1:3]", [])["prompt"] == ["1", "2"]
+
+
+def test_prompt_is_masked_and_answer_is_closed(tmp_path):
+    path = write_rows(tmp_path / "a.jsonl", [{"q": "ab", "a": "c"}])
+    task = Task(name="t", source=str(path), prompt="{q}?", answer=" {a}")
+    (row,) = encoder().encode_rows(task, "train", task.prompt)
+    ids = character_tokenizer()("ab? c")["input_ids"]
+    assert row["input_ids"] == [*ids, 1]  # 1 is the end of sequence
+    assert row["labels"] == [-100, -100, -100, *ids[3:], 1]
+    assert (row["answer"], row["label"]) == ("c", -1)
+
+
+def test_class_labels_are_rendered_by_name(tmp_path):
+    rows = datasets.Dataset.from_dict({"q": ["x"], "a": [1]}).cast_column(
+        "a", datasets.ClassLabel(names=["no", "yes"])
+    )
+    rows.to_parquet(str(tmp_path / "rows.parquet"))
+    task = Task(
+        name="t",
+        source=str(tmp_path / "rows.parquet"),
+        prompt="{q}",
+        answer=" {a}",
+        metric="label_accuracy",
+        labels=["no", "yes"],
+    )
+    (row,) = encoder().encode_rows(task, "train", task.prompt)
+    assert (row["answer"], row["label"]) == ("yes", 1)
+
+
+def test_left_truncation_keeps_the_answer_and_the_prompts_end(tmp_path):
+    path = write_rows(tmp_path / "a.jsonl", [{"prompt": "abcdef", "answer": "x"}])
+    task = Task(name="t", source=str(path), answer="{answer}")
+    (row,) = encoder(max_length=5, truncation="left").encode_rows(task, "train", task.prompt)
+    assert row["input_ids"] == [*character_tokenizer()("defx")["input_ids"], 1]
+
+
+def test_collate_pads_on_the_left():
+    rows = [
+        {"input_ids": [5, 6, 7], "labels": [-100, 6, 7], "label": 0, "answer": "p"},
+        {"input_ids": [8, 9], "labels": [-100, 9], "label": 1, "answer": "q"},
+    ]
+    batch = collate(rows, pad_token_id=1)
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [1, 8, 9]]
+    assert batch["labels"].tolist() == [[-100, 6, 7], [-100, -100, 9]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [0, 1, 1]]
+    assert torch.equal(batch["label"], torch.tensor([0, 1]))
+    assert batch["answer"] == ["p", "q"]
+
+
+ROWS = [{"prompt": "cat?", "answer": "a"}]
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "message"),
+    [
+        (ROWS, {"source": "/nowhere/x.jsonl"}, r"Task `t`: the file /nowhere/x.jsonl does not exist"),
+        (ROWS, {"source": "./nowhere"}, r"Task `t`: ./nowhere does not exist"),
+        (ROWS, {"source": "builtin:cldr/klingon"}, r"Task `t`: there is no `builtin:cldr/klingon`; built in are .*welsh"),
+        (ROWS, {"prompt": "{question}"}, r"Task `t`: there is no column `question` in .*; its columns are prompt, answer"),
+        (ROWS, {"train_split": "train[5:]"}, r"Task `t`: split `train\[5:\]` of .* is empty"),
+        (ROWS, {"train_split": "dev"}, r"Task `t`: split `dev` of .* cannot be loaded.*dev"),
+        ([{"prompt": "cat?", "answer": None}], {}, r"Task `t`: column `answer` is empty in row 0 of `train`"),
+        (
+            ROWS,
+            {"metric": "label_accuracy", "labels": ["b", "c"]},
+            r"Task `t`: row 0 of `train` has the label 'a', which is not among `labels` \(b, c\)",
+        ),
+        ([{"prompt": "x" * 70, "answer": "a"}], {}, r"Task `t`: row 0 of `train` has 70 \+ 3 tokens .* the 64 allowed"),
+    ],
+)
+def test_bad_data_is_refused_by_name(tmp_path, rows, options, message):
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    task = Task(**{"name": "t", "source": str(path), **options})
+    with pytest.raises(AgclError, match=message):
+        encoder().encode_rows(task, task.train_split, task.prompt)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": "a b"}, r"Task name 'a b'"),
+        ({"epochs": 0}, r"Task `t`: `epochs` is 0"),
+        ({"metric": "label_ranking"}, r"Task `t`: metric `label_ranking` needs `labels`"),
+        ({"labels": ["a"], "answer": "{x}{y}"}, r"Task `t`: with `labels`, `answer` must hold exactly one"),
+    ],
+)
+def test_bad_declarations_are_refused_by_name(options, message):
+    with pytest.raises(AgclError, match=message):
+        Task(**{"name": "t", "source": "x", **options})
+
+
+def test_duplicate_names_are_refused():
+    with pytest.raises(AgclError, match="Two tasks are named `t`"):
+        TaskSequence([Task(name="t", source="x"), Task(name="t", source="y")])
+
+
+def test_probes_default_to_the_tasks_own_rows_and_prompt():
+    task = Task(
+        name="t", source="x", test_split="test", probes={"a": Probe(split="train"), "b": Probe(prompt="{other}")}
+    )
+    assert list(task.evaluations()) == [
+        (None, Probe("test", "{prompt}")),
+        ("a", Probe("train", "{prompt}")),
+        ("b", Probe("test", "{other}")),
+    ]

@@ -1,0 +1,56 @@
+"""A whole continual run on a tiny model, for the tests of the loop and its callbacks."""
+
+from functools import partial
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Trainer, seed_everything
+
+from agcl.attribution import ImportanceConfig
+from agcl.callbacks import AttributionCallback
+from agcl.data.datamodule import ContinualDataModule
+from agcl.data.tasks import Task
+from agcl.module import ContinualLM
+
+EPOCHS = 3
+
+
+def tasks(files, **options):
+    return [
+        Task(**{"name": f"task{i}", "source": str(f), "test_split": "train", "epochs": EPOCHS, **options})
+        for i, f in enumerate(files)
+    ]
+
+
+def build(folder: Path, files, *, optimizer=None, batch_size=2, task_options=None, **model_options):
+    seed_everything(0, verbose=False)
+    model = ContinualLM(
+        str(folder), optimizer=optimizer or partial(torch.optim.AdamW, lr=0.02, weight_decay=0.1), **model_options
+    )
+    data = ContinualDataModule(tasks(files, **(task_options or {})), str(folder), batch_size=batch_size)
+    return model, data
+
+
+def attribution(**options):
+    # An untrained model answers little: take what there is, and gate strongly so that effects are plain to see.
+    return AttributionCallback(**{"num_samples": 3, "importance": ImportanceConfig(quantile=0.3), **options})
+
+
+def trainer_for(data, run_dir: Path, callbacks=(), **options):
+    return Trainer(
+        **{
+            **data.trainer_arguments(),
+            "accelerator": "cpu",
+            "default_root_dir": run_dir,
+            "logger": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "enable_checkpointing": False,
+            "callbacks": list(callbacks),
+            **options,
+        }
+    )
+
+
+def weights(model):
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}

@@ -1,0 +1,263 @@
+"""One ``Trainer.fit`` over three tasks: what is learned when, what is scored, and resuming bit for bit."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from conftest import save_tiny_model
+from helpers import EPOCHS, attribution, build, trainer_for, weights
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from agcl.attribution import load_importance
+from agcl.callbacks import ContinualReport
+from agcl.data.tasks import Probe
+from agcl.errors import AgclError
+from agcl.module import ContinualLM
+from agcl.schedules import WarmupDecay
+
+
+class Recorder(Callback):
+    """What each training step saw."""
+
+    def __init__(self):
+        self.steps = []
+        self.state_sizes = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        optimizer = trainer.optimizers[0]
+        self.steps.append((trainer.current_epoch, batch["input_ids"].clone(), optimizer.param_groups[0]["lr"]))
+        self.state_sizes.append(len(optimizer.state))
+
+
+def test_each_epoch_serves_its_task_once(llama_folder, task_files, tmp_path):
+    model, data = build(llama_folder, task_files)
+    recorder = Recorder()
+    trainer_for(data, tmp_path, [recorder]).fit(model, datamodule=data)
+    assert [epoch for epoch, _, _ in recorder.steps] == [e for e in range(3 * EPOCHS) for _ in range(2)]
+    for epoch in range(3 * EPOCHS):
+        seen = torch.cat([ids for e, ids, _ in recorder.steps if e == epoch]).tolist()
+        rows = data.training_rows(epoch // EPOCHS)["input_ids"]
+        assert sorted(seen) == sorted(rows)
+    orders = [str([ids.tolist() for e, ids, _ in recorder.steps if e == epoch]) for epoch in range(EPOCHS)]
+    assert len(set(orders)) > 1  # shuffled anew in each epoch
+
+
+def test_optimizer_and_schedule_start_afresh_with_each_task(llama_folder, task_files, tmp_path):
+    model, data = build(llama_folder, task_files, lr_scheduler=partial(WarmupDecay, warmup=0.25))
+    recorder = Recorder()
+    trainer_for(data, tmp_path, [recorder]).fit(model, datamodule=data)
+    per_task = 2 * EPOCHS
+    rates = [[lr for _, _, lr in recorder.steps[i * per_task :][:per_task]] for i in range(3)]
+    # Two warm-up steps of six, then linear decay from the peak 0.02 over the other four.
+    expected = [0.02 / 3, 0.04 / 3, 0.02, 0.015, 0.01, 0.005]
+    for task_rates in rates:
+        assert task_rates == pytest.approx(expected)
+    assert [recorder.state_sizes[i * per_task] for i in range(3)] == [0, 0, 0]
+    assert min(recorder.state_sizes[1:per_task]) > 0
+
+
+def test_torch_schedulers_restart_too(llama_folder, task_files, tmp_path):
+    scheduler = partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.5)
+    model, data = build(llama_folder, task_files, lr_scheduler=scheduler)
+    recorder = Recorder()
+    trainer_for(data, tmp_path, [recorder]).fit(model, datamodule=data)
+    rates = [lr for _, _, lr in recorder.steps]
+    assert rates == pytest.approx([0.02 * 0.5**step for step in range(2 * EPOCHS)] * 3)
+
+
+def test_schedule_counts_optimizer_steps_under_accumulation(llama_folder, task_files, tmp_path):
+    model, data = build(llama_folder, task_files, lr_scheduler=partial(WarmupDecay, warmup=0.0))
+    recorder = Recorder()
+    trainer_for(data, tmp_path, [recorder], accumulate_grad_batches=2).fit(model, datamodule=data)
+    first_task = [lr for _, _, lr in recorder.steps[: 2 * EPOCHS]]
+    assert first_task == pytest.approx([0.02, 0.02, 0.02 * 2 / 3, 0.02 * 2 / 3, 0.02 / 3, 0.02 / 3])
+
+
+def test_all_tasks_and_probes_are_scored_before_and_after_each_task(llama_folder, task_files, tmp_path):
+    options = {"probes": {"first": Probe(split="train[:1]")}}
+    model, data = build(llama_folder, task_files, task_options=options)
+
+    class CountScorings(Callback):
+        scorings = 0
+
+        def on_validation_epoch_end(self, trainer, pl_module):
+            self.scorings += 1
+
+    counter = CountScorings()
+    trainer = trainer_for(data, tmp_path, [counter])
+    trainer.fit(model, datamodule=data)
+    assert counter.scorings == 4  # before any training, after each of three tasks
+    for name in ("score", "nll", "score/first", "nll/first"):
+        assert model.score_matrices[name].compute().shape == (4, 3)
+        assert model.score_matrices[name].compute().isfinite().all()
+    nll = model.score_matrices["nll"].compute()
+    assert (nll[[1, 2, 3], [0, 1, 2]] < nll[0]).all()  # each task is better known after it was learned
+    transfer = model.transfer()
+    scores = model.score_matrices["score"].compute()
+    assert transfer["average_performance"].item() == pytest.approx(scores[3].mean().item())
+    assert transfer["learning_accuracy"].item() == pytest.approx(scores[1:].diagonal().mean().item())
+    backward = [scores[3, i] - scores[i + 1, i] for i in range(2)]
+    assert trainer.callback_metrics["transfer/backward_transfer"].item() == pytest.approx(sum(backward).item() / 2)
+
+
+class CrashError(RuntimeError):
+    """Stands for a killed process."""
+
+
+class CrashAt(Callback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == self.step:
+            raise CrashError
+
+    def on_validation_start(self, trainer, pl_module):
+        if trainer.global_step == self.step == 6 * EPOCHS:  # after the very last step
+            raise CrashError
+
+
+@pytest.fixture(scope="module")
+def dropout_folder(tmp_path_factory):
+    """GPT-2 has dropout, so that random numbers must be resumed too."""
+    return save_tiny_model(tmp_path_factory.mktemp("gpt2-dropout"), "gpt2")
+
+
+def checkpoints(run_dir, every_n_train_steps=None):
+    return ModelCheckpoint(
+        run_dir / "checkpoints",
+        save_top_k=-1,
+        filename="{step}",
+        **({"every_n_train_steps": every_n_train_steps} if every_n_train_steps else {"every_n_epochs": 1}),
+    )
+
+
+@pytest.fixture
+def straight_run(dropout_folder, task_files, tmp_path_factory, knowing):
+    run_dir = tmp_path_factory.mktemp("straight")
+    model, data = build(dropout_folder, task_files)
+    callback = attribution()
+    trainer_for(data, run_dir, [callback, ContinualReport(save_model=False)]).fit(model, datamodule=data)
+    return model, callback, run_dir
+
+
+# Task 2 takes steps 6 to 11. A checkpoint of step 12 is one of an epoch's last batch, taken before scoring and
+# attribution; that of step 18 is the same at the very end.
+@pytest.mark.parametrize(("every_n_steps", "crash_at"), [(None, 6), (None, 9), (1, 7), (1, 8), (1, 11), (1, 12), (3, 11), (1, 18)])
+def test_resumed_run_equals_the_straight_one(
+    dropout_folder, task_files, tmp_path, straight_run, knowing, every_n_steps, crash_at
+):
+    straight_model, straight_callback, straight_dir = straight_run
+    model, data = build(dropout_folder, task_files)
+    callbacks = [attribution(), CrashAt(crash_at), checkpoints(tmp_path, every_n_steps)]
+    with pytest.raises(CrashError):
+        trainer_for(data, tmp_path, callbacks, enable_checkpointing=True).fit(model, datamodule=data)
+    newest = max((tmp_path / "checkpoints").glob("*.ckpt"), key=lambda path: int(path.stem.split("=")[1]))
+
+    model, data = build(dropout_folder, task_files)
+    callback = attribution()
+    resumed_dir = tmp_path / "resumed"
+    trainer = trainer_for(data, resumed_dir, [callback, ContinualReport(save_model=False)])
+    trainer.fit(model, datamodule=data, ckpt_path=newest)
+
+    assert trainer.global_step == 6 * EPOCHS
+    for name, parameter in weights(straight_model).items():
+        assert torch.equal(parameter, weights(model)[name]), name
+    assert straight_callback.importance.keys() == callback.importance.keys()
+    for name, levels in straight_callback.importance.items():
+        assert torch.equal(levels, callback.importance[name]), name
+    for name, matrix in straight_model.score_matrices.items():
+        assert torch.equal(matrix.compute(), model.score_matrices[name].compute()), name
+    for file in (straight_dir / "importance").iterdir():
+        straight, resumed = load_importance(file), load_importance(resumed_dir / "importance" / file.name)
+        assert resumed[1] == straight[1]
+        assert all(torch.equal(levels, resumed[0][name]) for name, levels in straight[0].items())
+    assert (resumed_dir / "scores.csv").read_bytes() == (straight_dir / "scores.csv").read_bytes()
+
+
+def test_checkpoint_of_another_model_is_refused(llama_folder, gpt2_folder, task_files, tmp_path):
+    model, data = build(llama_folder, task_files)
+    trainer = trainer_for(data, tmp_path, [checkpoints(tmp_path)], enable_checkpointing=True, max_epochs=3 * EPOCHS)
+    trainer.fit(model, datamodule=data)
+    checkpoint = next((tmp_path / "checkpoints").glob("*.ckpt"))
+    model, data = build(gpt2_folder, task_files)
+    with pytest.raises(AgclError, match="The checkpoint is of another model: `model"):
+        trainer_for(data, tmp_path).fit(model, datamodule=data, ckpt_path=checkpoint)
+    model, data = build(llama_folder, task_files[:2])
+    with pytest.raises(AgclError, match="saved while learning the tasks .*task2.* but the configuration declares"):
+        trainer_for(data, tmp_path).fit(model, datamodule=data, ckpt_path=checkpoint)
+
+
+def test_checkpoint_loads_outside_a_run(llama_folder, task_files, tmp_path):
+    model, data = build(llama_folder, task_files)
+    trainer = trainer_for(data, tmp_path)
+    trainer.fit(model, datamodule=data)
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    loaded = ContinualLM.load_from_checkpoint(tmp_path / "end.ckpt", weights_only=True)
+    for name, parameter in weights(model).items():
+        assert torch.equal(parameter, weights(loaded)[name]), name
+
+
+def test_final_model_is_loaded_by_plain_transformers(llama_folder, task_files, tmp_path):
+    model, data = build(llama_folder, task_files)
+    trainer_for(data, tmp_path, [ContinualReport()]).fit(model, datamodule=data)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    ids = tokenizer("cat 0?", return_tensors="pt")["input_ids"]
+    assert torch.equal(loaded(ids).logits, model.model.eval()(ids).logits)
+
+
+def test_lora_trains_the_adapter_alone(llama_folder, task_files, tmp_path, knowing):
+    adapter = {"peft_type": "LORA", "r": 2, "target_modules": "all-linear"}
+    model, data = build(llama_folder, task_files, adapter=adapter)
+    callback = attribution()
+    trainer = trainer_for(data, tmp_path, [callback, ContinualReport()])
+    trainer.fit(model, datamodule=data)
+    original = AutoModelForCausalLM.from_pretrained(llama_folder).state_dict()
+    for name, parameter in model.model.get_base_model().named_parameters():
+        if "lora" not in name:
+            assert torch.equal(parameter, original[name.replace("base_layer.", "")]), name
+    assert callback.importance
+    assert all("lora" in name for name in callback.importance)
+    assert (tmp_path / "model" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("options", [{"precision": "bf16-mixed"}, {"precision": "bf16-true"}])
+def test_low_precision_runs(llama_folder, task_files, tmp_path, knowing, options):
+    model, data = build(llama_folder, task_files, gradient_checkpointing=True)
+    trainer_for(data, tmp_path, [attribution()], gradient_clip_val=1.0, **options).fit(model, datamodule=data)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    dtype = torch.bfloat16 if options["precision"] == "bf16-true" else torch.float32
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+
+
+def test_gradient_checkpointing_changes_nothing(llama_folder, task_files, tmp_path):
+    losses = []
+    for checkpointing in (False, True):
+        model, data = build(llama_folder, task_files, gradient_checkpointing=checkpointing)
+        trainer_for(data, tmp_path).fit(model, datamodule=data)
+        losses.append(model.score_matrices["nll"].compute())
+    assert torch.allclose(*losses, rtol=1e-4)
+
+
+def test_wrong_trainer_settings_are_refused(llama_folder, task_files, tmp_path):
+    for name, value in (("max_epochs", 2), ("reload_dataloaders_every_n_epochs", 0), ("num_sanity_val_steps", 0)):
+        model, data = build(llama_folder, task_files)
+        with pytest.raises(AgclError, match=rf"The Trainer's `{name}` is .*trainer_arguments"):
+            trainer_for(data, tmp_path, **{name: value}).fit(model, datamodule=data)
+
+
+def test_model_without_a_continual_data_module_is_refused(llama_folder, tmp_path, task_files):
+    model, data = build(llama_folder, task_files)
+    loader = torch.utils.data.DataLoader([0])
+    with pytest.raises(AgclError, match="ContinualLM learns from a ContinualDataModule"):
+        trainer_for(data, tmp_path).fit(model, loader, loader)
+
+
+def test_undefined_metrics_are_nan(llama_folder, task_files, tmp_path):
+    model, data = build(llama_folder, task_files[:1])
+    trainer_for(data, tmp_path).fit(model, datamodule=data)
+    assert math.isnan(model.transfer()["backward_transfer"])

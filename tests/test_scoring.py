@@ -1,0 +1,105 @@
+import pytest
+import torch
+from conftest import character_tokenizer, tiny_config
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from agcl.data.tasks import Task, collate
+from agcl.scoring import TaskScorer, answer_logits, generate_answers, rank_labels, token_nll
+
+
+@pytest.fixture(params=["llama", "gpt2"])
+def model(request):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(tiny_config(request.param)).double().eval()
+
+
+def row(prompt, answer, label=-1):
+    tokenizer = character_tokenizer()
+    prompt_ids = tokenizer(prompt)["input_ids"]
+    answer_ids = [*tokenizer(answer)["input_ids"], 1]
+    return {
+        "input_ids": prompt_ids + answer_ids,
+        "labels": [-100] * len(prompt_ids) + answer_ids,
+        "label": label,
+        "answer": answer.strip(),
+    }
+
+
+def reference_nll(model, sample):
+    """One unpadded row, the whole logits, token by token."""
+    logits = model(torch.tensor([sample["input_ids"]])).logits[0].log_softmax(-1)
+    return [
+        -logits[p - 1, token].item() for p, token in enumerate(sample["labels"]) if token != -100
+    ]
+
+
+def test_padding_and_trimming_do_not_change_likelihoods(model):
+    rows = [row("cat?", " ab"), row("a longer prompt?", " c")]
+    nll = token_nll(*answer_logits(model, collate(rows, pad_token_id=1)))
+    for index, sample in enumerate(rows):
+        expected = torch.tensor(reference_nll(model, sample))
+        assert torch.allclose(nll[index][nll[index] != 0], expected, atol=1e-5)
+
+
+def test_only_answer_positions_reach_the_vocabulary_projection(model):
+    seen = []
+    model.get_output_embeddings().register_forward_hook(lambda module, args, output: seen.append(output.shape[1]))
+    answer_logits(model, collate([row("a rather long prompt?", " ab")], pad_token_id=1))
+    assert seen == [5]  # " ", "a", "b", end of sequence, and the one before that predicts the first
+
+
+def test_generation_equals_step_by_step_argmax(model):
+    prompts = [row(p, "")["input_ids"][:-1] for p in ("cat?", "a longer prompt?")]
+    expected = []
+    for prompt in prompts:
+        ids = list(prompt)
+        for _ in range(5):
+            ids.append(model(torch.tensor([ids])).logits[0, -1].argmax().item())
+            if ids[-1] == 1:
+                break
+        expected.append(character_tokenizer().decode(ids[len(prompt) :], skip_special_tokens=True).strip())
+    assert generate_answers(model, character_tokenizer(), prompts, max_new_tokens=5) == expected
+
+
+def test_ranking_takes_the_most_likely_label(model):
+    labels = [" a", " bb", " c"]
+    prompts = ["cat?", "a longer prompt?"]
+    expected = [
+        min(range(3), key=lambda k, p=prompt: sum(reference_nll(model, row(p, labels[k])))) for prompt in prompts
+    ]
+    given = rank_labels(
+        model,
+        [row(p, "")["input_ids"][:-1] for p in prompts],
+        [row("", label)["input_ids"] for label in labels],
+        pad_token_id=1,
+    )
+    assert given.tolist() == expected
+
+
+class Parrot(nn.Module):
+    """Answers every prompt with the same token, then closes."""
+
+    def __init__(self, answer: str):
+        super().__init__()
+        self.answer = answer
+        self.device = torch.device("cpu")
+
+    def generate(self, input_ids, attention_mask, generation_config):
+        ids = character_tokenizer()(self.answer)["input_ids"]
+        return torch.cat([input_ids, torch.tensor([[*ids, 1]] * len(input_ids))], dim=1)
+
+    def forward(self, input_ids, attention_mask, use_cache):
+        return type("Output", (), {"logits": torch.zeros(*input_ids.shape, 70)})()
+
+
+@pytest.mark.parametrize(("answer", "expected"), [(" a", 0.5), (" b", 0.25), (" z", 0.0)])
+def test_scores_are_shares_of_right_answers(answer, expected):
+    rows = [row("cat?", " a", 0), row("dog?", " a", 0), row("owl?", " b", 1), row("eel?", " c", 2)]
+    for metric in ("exact_match", "label_accuracy"):
+        scorer = TaskScorer(Task(name="t", source="x", metric=metric, labels=["a", "b", "c"]), [], 3)
+        for start in (0, 3):  # uneven batches
+            scorer.update(Parrot(answer), character_tokenizer(), collate(rows[start : start + 3], 1))
+        values = scorer.compute()
+        assert values["score"].item() == pytest.approx(expected)
+        assert values["nll"].item() == pytest.approx(torch.tensor(70.0).log().item())
