@@ -22,7 +22,7 @@ quickstart: $(INSTALLED) ## the main job: a real model learns five real tasks, w
 	$(BIN)/agcl fit --config lightning_configs/quickstart.yaml
 
 quickstart-sequential: $(INSTALLED) ## its twin: the same run without the gate
-	$(BIN)/agcl fit --config lightning_configs/quickstart_sequential.yaml
+	$(BIN)/agcl fit --config lightning_configs/quickstart.yaml --config lightning_configs/quickstart_sequential.yaml
 
 test: $(INSTALLED) ## the tests (minutes)
 	$(BIN)/python -m pytest -m "not slow and not model"

@@ -28,7 +28,7 @@ _HOMES = {
     "parameter_relevance": "agcl.attribution",
 }
 
-__all__ = [  # noqa: F822 (resolved by __getattr__)
+__all__ = [
     "AgclError",
     "AttributionCallback",
     "ContinualDataModule",

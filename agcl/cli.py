@@ -33,7 +33,9 @@ class AgclCLI(LightningCLI):
         trainer = self.config[self.subcommand].trainer if self.subcommand else self.config.trainer
         if trainer.precision is None:
             trainer.precision = choose_precision()
-            rank_zero_info(f"Precision: {trainer.precision}, the faster one on this machine (set trainer.precision to change it).")
+            rank_zero_info(
+                f"Precision: {trainer.precision}, the faster one on this machine (set trainer.precision to change it)."
+            )
 
 
 def _total_epochs(tasks: Sequence[Any]) -> int:
@@ -63,5 +65,15 @@ def main(args: Sequence[str] | None = None) -> None:
             trainer_defaults={"callbacks": [TaskProgressBar(), ContinualReport(), ContinualMonitor()]},
             parser_kwargs={"prog": "agcl", "fit": {"prog": "agcl fit"}},
         )
-    except AgclError as error:
-        sys.exit(f"agcl: error: {error}")
+    except ValueError as error:
+        user_error = _user_error(error)
+        if user_error is None:
+            raise
+        sys.exit(f"agcl: error: {user_error}")
+
+
+def _user_error(error: BaseException | None) -> AgclError | None:
+    """The error of ours behind one that the parser raised while it built an object from its configuration."""
+    while error is not None and not isinstance(error, AgclError):
+        error = error.__cause__ or error.__context__
+    return error

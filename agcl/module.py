@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from peft import get_peft_config, get_peft_model
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from torchmetrics import MetricCollection
 
@@ -33,8 +33,8 @@ SCORE, NLL = "score", "nll"
 class ContinualLM(LightningModule):
     """A causal language model that learns a sequence of tasks in one ``Trainer.fit``.
 
-    Each task starts with a fresh optimizer state and learning-rate schedule. All tasks are scored before any training and
-    at the end of each task, in Lightning's validation loop; the score matrix is kept in ``score_matrices``.
+    Each task starts with a fresh optimizer state and learning-rate schedule. All tasks are scored before any training
+    and at the end of each task, in Lightning's validation loop; ``score_matrices`` holds the results.
 
     Args:
         model_name_or_path: Hub name, local folder, or ``builtin:smollm2-135m-instruct``.
@@ -126,7 +126,9 @@ class ContinualLM(LightningModule):
     def _data(self) -> Any:
         datamodule = getattr(self.trainer, "datamodule", None)
         if not isinstance(getattr(datamodule, "tasks", None), TaskSequence):
-            raise AgclError("ContinualLM learns from a ContinualDataModule: pass it as `trainer.fit(model, datamodule=...)`.")
+            raise AgclError(
+                "ContinualLM learns from a ContinualDataModule: pass it as `trainer.fit(model, datamodule=...)`."
+            )
         return datamodule
 
     # ---------------------------------------------------------------- training
@@ -167,7 +169,7 @@ class ContinualLM(LightningModule):
             raise AgclError("ContinualLM trains with exactly one optimizer.")
         optimizer_state, scheduler_state = deepcopy(self._fresh_states)
         optimizer.load_state_dict(optimizer_state)
-        scheduler.load_state_dict(scheduler_state)  # type: ignore[union-attr, arg-type]
+        scheduler.load_state_dict(scheduler_state)  # type: ignore[union-attr]
         if isinstance(scheduler, WarmupDecay):
             batches = int(self.trainer.num_training_batches) * self.tasks[self.task_index].epochs
             scheduler.start(max(1, batches // self.trainer.accumulate_grad_batches))
@@ -273,7 +275,7 @@ class ContinualLM(LightningModule):
         """Check that the checkpoint fits; within a run, restore the score matrices.
 
         Raises:
-            AgclError: If the checkpoint is not agcl's, of another model, or, within a run, of another sequence of tasks.
+            AgclError: If the checkpoint is not agcl's, of another model or, within a run, of other tasks.
         """
         saved = checkpoint.get("agcl")
         if saved is None:

@@ -1,8 +1,7 @@
 """A learning-rate schedule over one task."""
 
-from typing import Any, Literal
-
 import math
+from typing import Any, Literal
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler

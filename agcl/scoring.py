@@ -1,4 +1,4 @@
-"""Answers of a causal language model: their likelihood, greedy generation, ranking of labels, and the scores of a task."""
+"""Answers of a causal language model: likelihood, greedy generation, ranking of labels, and the score of a task."""
 
 import inspect
 from collections.abc import Mapping, Sequence
@@ -24,8 +24,8 @@ def answer_logits(model: PreTrainedModel, batch: Mapping[str, Any]) -> tuple[Ten
         batch: ``input_ids``, ``attention_mask`` and ``labels`` (int64, shape ``(batch, length)``), padded on the left.
 
     Returns:
-        Logits of shape ``(batch, answer_length, vocabulary)`` and targets of shape ``(batch, answer_length)``, -100 where
-        a row's answer is shorter.
+        Logits of shape ``(batch, answer_length, vocabulary)`` and targets of shape ``(batch, answer_length)``, -100
+        where a row's answer is shorter.
     """
     labels = batch["labels"]
     has_answer = (labels != IGNORED_LABEL).any(dim=0)
@@ -42,14 +42,14 @@ def answer_logits(model: PreTrainedModel, batch: Mapping[str, Any]) -> tuple[Ten
 
 
 def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
-    """Negative log-likelihood of each target token, in nats and float32; 0 where the target is -100. Shape of targets."""
+    """Negative log-likelihood of each target token, in nats and float32, shape of targets; 0 where that is -100."""
     return nn.functional.cross_entropy(
         logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED_LABEL, reduction="none"
     ).view_as(targets)
 
 
 def generate_answers(
-    model: PreTrainedModel,
+    model: Any,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
@@ -133,9 +133,7 @@ class TaskScorer(nn.Module):
         is_prompt = batch["attention_mask"].bool() & (batch["labels"] == IGNORED_LABEL)
         prompts = [ids[mask].tolist() for ids, mask in zip(batch["input_ids"], is_prompt, strict=True)]
         if self.task.metric == "label_ranking":
-            self.score.update(
-                rank_labels(model, prompts, self.candidates, int(tokenizer.pad_token_id)), batch["label"]
-            )
+            self.score.update(rank_labels(model, prompts, self.candidates, int(tokenizer.pad_token_id)), batch["label"])
             return
         answers = generate_answers(model, tokenizer, prompts, self.max_new_tokens)
         if self.task.metric == "exact_match":

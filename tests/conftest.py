@@ -3,6 +3,8 @@
 import json
 import os
 import string
+import subprocess
+import sys
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -10,6 +12,7 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
 import pytest
 import torch
+from helpers import write_config
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
 
@@ -80,7 +83,9 @@ def task_files(tmp_path_factory) -> list[Path]:
     keys = ["cat", "dog", "owl", "eel"]
     answers = [["a", "b", "c", "d"], ["c", "a", "d", "b"], ["d", "c", "b", "a"]]
     return [
-        write_rows(folder / f"task{i}.jsonl", [{"prompt": f"{k} {i}?", "answer": a} for k, a in zip(keys, column)])
+        write_rows(
+            folder / f"task{i}.jsonl", [{"prompt": f"{k} {i}?", "answer": a} for k, a in zip(keys, column, strict=True)]
+        )
         for i, column in enumerate(answers)
     ]
 
@@ -96,3 +101,13 @@ def knowing(monkeypatch):
         return original(*args, **{**kwargs, "only_correct": False})
 
     monkeypatch.setattr(module, "attribute_sample", attribute_sample)
+
+
+@pytest.fixture(scope="session")
+def finished_run(llama_folder, task_files, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("run")
+    path = write_config(llama_folder, task_files, run_dir)
+    output = subprocess.run(
+        [sys.executable, "-m", "agcl", "fit", "--config", str(path)], capture_output=True, text=True, check=True
+    )
+    return run_dir / "run" / "version_0", output.stdout + output.stderr

@@ -4,6 +4,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import yaml
 from lightning.pytorch import Trainer, seed_everything
 
 from agcl.attribution import ImportanceConfig
@@ -54,3 +55,36 @@ def trainer_for(data, run_dir: Path, callbacks=(), **options):
 
 def weights(model):
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def write_config(folder, files, run_dir, **overrides):
+    tasks = [{"name": f"task{i}", "source": str(f), "test_split": "train", "epochs": 30} for i, f in enumerate(files)]
+    tasks[0]["probes"] = {"first": {"split": "train[:1]"}}
+    content = {
+        "seed_everything": 0,
+        "trainer": {
+            "accelerator": "cpu",
+            "precision": "32-true",
+            "log_every_n_steps": 1,
+            "enable_checkpointing": False,
+            "logger": {
+                "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+                "init_args": {"save_dir": str(run_dir), "name": "run"},
+            },
+            "callbacks": [{"class_path": "agcl.AttributionCallback", "init_args": {"num_samples": 2}}],
+        },
+        "model": {
+            "model_name_or_path": str(folder),
+            "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.02}},
+        },
+        "data": {"batch_size": 2, "tasks": tasks},
+    }
+    for path, value in overrides.items():
+        *parents, last = path.split("__")
+        node = content
+        for key in parents:
+            node = node[int(key) if key.isdigit() else key]
+        node[last] = value
+    file = run_dir / "config.yaml"
+    file.write_text(yaml.safe_dump(content))
+    return file

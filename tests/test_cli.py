@@ -2,61 +2,17 @@
 
 import csv
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from helpers import write_config
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from agcl.cli import main
 
 CONFIGS = Path(__file__).parent.parent / "lightning_configs"
-
-
-def config(folder, files, run_dir, **overrides):
-    tasks = [
-        {"name": f"task{i}", "source": str(f), "test_split": "train", "epochs": 2} for i, f in enumerate(files)
-    ]
-    tasks[0]["probes"] = {"first": {"split": "train[:1]"}}
-    content = {
-        "seed_everything": 0,
-        "trainer": {
-            "accelerator": "cpu",
-            "precision": "32-true",
-            "enable_checkpointing": False,
-            "logger": {
-                "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
-                "init_args": {"save_dir": str(run_dir), "name": "run"},
-            },
-            "callbacks": [{"class_path": "agcl.AttributionCallback", "init_args": {"num_samples": 2}}],
-        },
-        "model": {
-            "model_name_or_path": str(folder),
-            "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.05}},
-        },
-        "data": {"batch_size": 2, "tasks": tasks},
-    }
-    for path, value in overrides.items():
-        *parents, last = path.split("__")
-        node = content
-        for key in parents:
-            node = node[int(key) if key.isdigit() else key]
-        node[last] = value
-    file = run_dir / "config.yaml"
-    file.write_text(yaml.safe_dump(content))
-    return file
-
-
-@pytest.fixture(scope="module")
-def finished_run(llama_folder, task_files, tmp_path_factory):
-    run_dir = tmp_path_factory.mktemp("run")
-    tasks = config(llama_folder, task_files, run_dir)
-    output = subprocess.run(
-        [sys.executable, "-m", "agcl", "fit", "--config", str(tasks)], capture_output=True, text=True, check=True
-    )
-    return run_dir / "run" / "version_0", output.stdout + output.stderr
 
 
 def test_run_leaves_results(finished_run):
@@ -81,7 +37,7 @@ def test_run_leaves_results(finished_run):
 
 def test_display_names_tasks_and_metrics(finished_run):
     _, output = finished_run
-    for text in ("Task 2/3 task1, epoch 1/2", "Scoring task0 (first)", "Attribution of task2", "backward transfer"):
+    for text in ("Task 2/3 task1, epoch 1/30", "Scoring task0 (first)", "Attribution of task2", "backward transfer"):
         assert text in output
 
 
@@ -98,7 +54,7 @@ def test_tensorboard_holds_scalars_pictures_and_histograms(finished_run):
         "transfer/average_performance",
         "transfer/backward_transfer",
     } <= scalars
-    assert [event.step for event in board.Scalars("eval/task1/exact_match")] == [0, 3, 7, 11]
+    assert [event.step for event in board.Scalars("eval/task1/exact_match")] == [0, 59, 119, 179]
     assert "score_matrix" in board.Tags()["images"]
 
 
@@ -112,7 +68,6 @@ BAD = [
     ({"data__max_length": 5000}, "`max_length` is 5000, but the model's context has 64 tokens"),
     ({"model__model_name_or_path": "/nowhere"}, "could be loaded from `/nowhere`"),
     ({"model__model_name_or_path": "builtin:nothing"}, "There is no built-in model `nothing`"),
-    ({"trainer__max_epochs": 3}, "max_epochs"),
     ({"trainer__callbacks__0__init_args__strength": -1.0}, "strength"),
 ]
 
@@ -121,7 +76,7 @@ BAD = [
 def test_bad_input_is_one_line_and_nothing_is_written(
     llama_folder, task_files, tmp_path, overrides, message, capsys, monkeypatch
 ):
-    path = config(llama_folder, task_files, tmp_path, **overrides)
+    path = write_config(llama_folder, task_files, tmp_path, **overrides)
     monkeypatch.setattr(sys, "argv", ["agcl"])
     with pytest.raises(SystemExit) as exit_info:
         main(["fit", "--config", str(path)])
@@ -138,18 +93,37 @@ def test_unsupported_architecture_is_refused_before_training(task_files, tmp_pat
     folder = tmp_path / "bloom"
     BloomForCausalLM(BloomConfig(vocab_size=70, hidden_size=16, n_layer=1, n_head=2)).save_pretrained(folder)
     character_tokenizer().save_pretrained(folder)
-    path = config(folder, task_files, tmp_path)
+    path = write_config(folder, task_files, tmp_path)
     monkeypatch.setattr(sys, "argv", ["agcl"])
     with pytest.raises(SystemExit, match="agcl: error: "):
         main(["fit", "--config", str(path)])
     assert not list(tmp_path.glob("run/*/scores.json"))
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)
-def test_shipped_configurations_parse(path, capsys, monkeypatch):
+QUICKSTART = CONFIGS / "quickstart.yaml"
+
+
+def printed_config(capsys, monkeypatch, *paths):
     monkeypatch.setattr(sys, "argv", ["agcl"])
     with pytest.raises(SystemExit) as exit_info:
-        main(["fit", "--config", str(path), "--print_config"])
+        main(["fit", *(argument for path in paths for argument in ("--config", str(path))), "--print_config"])
     assert exit_info.value.code == 0
-    printed = yaml.safe_load(capsys.readouterr().out)
-    assert len(printed["data"]["tasks"]) >= 4
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_configurations_parse(path, capsys, monkeypatch):
+    quickstart = printed_config(capsys, monkeypatch, QUICKSTART)
+    assert len(quickstart["data"]["tasks"]) >= 4
+    if path != QUICKSTART:  # the others are laid over it
+        assert printed_config(capsys, monkeypatch, QUICKSTART, path) != quickstart
+
+
+def test_the_twin_differs_in_the_callbacks_alone(capsys, monkeypatch):
+    quickstart = printed_config(capsys, monkeypatch, QUICKSTART)
+    twin = printed_config(capsys, monkeypatch, QUICKSTART, CONFIGS / "quickstart_sequential.yaml")
+    for part in ("model", "data", "seed_everything"):
+        assert quickstart[part] == twin[part]
+    different = {name for name, value in quickstart["trainer"].items() if value != twin["trainer"][name]}
+    assert different == {"callbacks", "logger"}
+    assert twin["trainer"]["callbacks"] == []

@@ -146,7 +146,9 @@ def straight_run(dropout_folder, task_files, tmp_path_factory, knowing):
 
 # Task 2 takes steps 6 to 11. A checkpoint of step 12 is one of an epoch's last batch, taken before scoring and
 # attribution; that of step 18 is the same at the very end.
-@pytest.mark.parametrize(("every_n_steps", "crash_at"), [(None, 6), (None, 9), (1, 7), (1, 8), (1, 11), (1, 12), (3, 11), (1, 18)])
+@pytest.mark.parametrize(
+    ("every_n_steps", "crash_at"), [(None, 6), (None, 9), (1, 7), (1, 8), (1, 11), (1, 12), (3, 11), (1, 18)]
+)
 def test_resumed_run_equals_the_straight_one(
     dropout_folder, task_files, tmp_path, straight_run, knowing, every_n_steps, crash_at
 ):

@@ -29,9 +29,7 @@ def row(prompt, answer, label=-1):
 def reference_nll(model, sample):
     """One unpadded row, the whole logits, token by token."""
     logits = model(torch.tensor([sample["input_ids"]])).logits[0].log_softmax(-1)
-    return [
-        -logits[p - 1, token].item() for p, token in enumerate(sample["labels"]) if token != -100
-    ]
+    return [-logits[p - 1, token].item() for p, token in enumerate(sample["labels"]) if token != -100]
 
 
 def test_padding_and_trimming_do_not_change_likelihoods(model):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -36,8 +36,8 @@ class AttributionCallback(Callback):
     tasks. While the next task is learned, each weight moves by ``(1 - importance) ** strength`` of what it would have.
 
     Args:
-        gate: ``gradient`` rescales gradients by backward hooks (the paper; cancelled by Adam-like optimizers), ``update``
-            rescales the optimizer's whole step, ``auto`` picks the one that protects under the optimizer in use.
+        gate: ``gradient`` rescales gradients by backward hooks (the paper; cancelled by Adam-like optimizers),
+            ``update`` rescales the optimizer's whole step, ``auto`` picks what protects under the optimizer in use.
         rule: ``attnlrp``, ``cplrp``, or ``none``: the plain gradient without LRP rules.
         num_samples: Rows, answered correctly, that each task's importance is computed from.
         importance: How relevance over samples becomes importance: sign, normalisation and its scope, K, alpha.
@@ -86,7 +86,7 @@ class AttributionCallback(Callback):
 
     # --------------------------------------------------------------- life cycle
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Check optimizer, parameters and architecture before anything is trained."""
         optimizer = self._optimizer(trainer)
         if self.gate == "gradient" and cancels_gradient_gate(optimizer):
@@ -98,7 +98,7 @@ class AttributionCallback(Callback):
             raise AgclError(f"`parameters` {self._pattern.pattern!r} matches no trainable parameter of the model.")
         self._attribute(trainer, pl_module, next(self._samples(trainer, 0)), lambda *_: None, only_correct=False)
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """On resuming: bring along the earlier tasks' files, make up for a task boundary, gate again."""
         check_importance(self.importance, self._model(pl_module).named_parameters())
         self._collect_files(trainer)
@@ -107,23 +107,23 @@ class AttributionCallback(Callback):
             # From a checkpoint of an epoch's last batch, Lightning goes on without that epoch's end.
             self._pass_boundary(trainer, pl_module, completed - 1)
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         """At a task boundary: importance of the task just learned, running maximum, new gate."""
         if pl_module.tasks.ends_at(trainer.current_epoch):
             self._pass_boundary(trainer, pl_module, pl_module.tasks.index_at(trainer.current_epoch))
 
-    def _pass_boundary(self, trainer: Trainer, pl_module: LightningModule, index: int) -> None:
+    def _pass_boundary(self, trainer: Trainer, pl_module: Any, index: int) -> None:
         # On resuming, Lightning may run an epoch's end again, or never have run it: what is there is kept.
         if pl_module.tasks[index].name not in self.files:
             self._learn_importance(trainer, pl_module, index)
         if self.importance and index + 1 < len(pl_module.tasks):
             self._attach_gate(trainer, pl_module)
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Leave no hook behind."""
         self._detach_gate()
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
         """Leave no hook behind; Lightning does not call the end-of-fit hooks on errors."""
         self._detach_gate()
 
@@ -138,14 +138,14 @@ class AttributionCallback(Callback):
 
     # --------------------------------------------------------------- importance
 
-    def _learn_importance(self, trainer: Trainer, pl_module: LightningModule, index: int) -> None:
+    def _learn_importance(self, trainer: Trainer, pl_module: Any, index: int) -> None:
         task = pl_module.tasks[index].name
         start = time.perf_counter()
         aggregator = self._aggregate(trainer, pl_module, index)
         if aggregator.num_samples == 0:
             rank_zero_warn(
-                f"Task `{task}`: no training row is answered correctly, so it has no importance and the following tasks "
-                "are free to overwrite it. Train it longer or with a higher learning rate."
+                f"Task `{task}`: no training row is answered correctly, so it has no importance and the following "
+                "tasks are free to overwrite it. Train it longer or with a higher learning rate."
             )
             return
         importance = normalise(aggregator.aggregate(), self.config)
@@ -161,7 +161,7 @@ class AttributionCallback(Callback):
             logger.log_metrics(values, step=trainer.global_step)
         rank_zero_info(f"Importance of task `{task}` from {aggregator.num_samples} rows in {seconds:.0f} s: {path}")
 
-    def _aggregate(self, trainer: Trainer, pl_module: LightningModule, index: int) -> SampleAggregator:
+    def _aggregate(self, trainer: Trainer, pl_module: Any, index: int) -> SampleAggregator:
         aggregator = SampleAggregator(self.config)
 
         def consume(name: str, parameter: nn.Parameter, gradient: Tensor) -> None:
@@ -182,7 +182,7 @@ class AttributionCallback(Callback):
         return aggregator
 
     def _attribute(
-        self, trainer: Trainer, pl_module: LightningModule, labelled: tuple[Tensor, Tensor], consume: Any, **kwargs: Any
+        self, trainer: Trainer, pl_module: Any, labelled: tuple[Tensor, Tensor], consume: Any, **kwargs: Any
     ) -> bool:
         input_ids, labels = (tensor.to(pl_module.device) for tensor in labelled)
         answer = (labels != IGNORED_LABEL).nonzero().flatten()
@@ -205,11 +205,11 @@ class AttributionCallback(Callback):
         for row in order.tolist():
             yield torch.tensor(rows[row]["input_ids"]), torch.tensor(rows[row]["labels"])
 
-    def _parameter_names(self, pl_module: LightningModule) -> list[str]:
+    def _parameter_names(self, pl_module: Any) -> list[str]:
         named = self._model(pl_module).named_parameters()
         return [name for name, parameter in named if parameter.requires_grad and self._pattern.search(name)]
 
-    def _metadata(self, pl_module: LightningModule, task: str, num_samples: int) -> dict[str, str]:
+    def _metadata(self, pl_module: Any, task: str, num_samples: int) -> dict[str, str]:
         settings = {"rule": self.rule, "num_samples": num_samples, **vars(self.config)}
         return {"task": task, "model": pl_module.model_name_or_path, **{k: str(v) for k, v in settings.items()}}
 
@@ -220,14 +220,16 @@ class AttributionCallback(Callback):
             if copy.exists():
                 continue
             if not Path(path).exists():
-                rank_zero_warn(f"The importance file of task `{task}` is gone: {path}. The run itself does not need it.")
+                rank_zero_warn(
+                    f"The importance file of task `{task}` is gone: {path}. The run itself does not need it."
+                )
             elif trainer.is_global_zero:
                 folder.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(path, copy)
 
     # --------------------------------------------------------------------- gate
 
-    def _attach_gate(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _attach_gate(self, trainer: Trainer, pl_module: Any) -> None:
         self._detach_gate()
         importance = self.importance
         if self.control == "shuffled":
@@ -250,11 +252,13 @@ class AttributionCallback(Callback):
         return {} if self._attached is None else self._attached.plasticity()
 
     @staticmethod
-    def _model(pl_module: LightningModule) -> nn.Module:
-        return pl_module.model  # type: ignore[return-value]
+    def _model(pl_module: Any) -> nn.Module:
+        return pl_module.model
 
     @staticmethod
     def _optimizer(trainer: Trainer) -> torch.optim.Optimizer:
         if len(trainer.optimizers) != 1:
-            raise AgclError(f"AttributionCallback gates exactly one optimizer; the module has {len(trainer.optimizers)}.")
+            raise AgclError(
+                f"AttributionCallback gates exactly one optimizer; the module has {len(trainer.optimizers)}."
+            )
         return trainer.optimizers[0]

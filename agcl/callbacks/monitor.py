@@ -1,10 +1,9 @@
 """Pictures and distributions for TensorBoard: score matrix, importance, remaining plasticity."""
 
-import re
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
@@ -12,7 +11,7 @@ from agcl.attribution.importance import dequantise
 from agcl.callbacks.attribution import AttributionCallback
 from agcl.metrics import plot_score_matrix
 from agcl.module import SCORE
-from agcl.plots import plot_importance_map
+from agcl.plots import layer_of, plot_importance_map
 
 _HISTOGRAM_ENTRIES = 100_000  # a sample that shows the distribution and keeps the event file small
 
@@ -24,12 +23,12 @@ class ContinualMonitor(Callback):
     Scalars (losses, scores, continual metrics) are logged by ``ContinualLM`` itself, to any logger.
     """  # noqa: D205
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
         """A task begins: show what the one before left."""
         if trainer.current_epoch > 0 and pl_module.tasks.starts_at(trainer.current_epoch):
             self._log(trainer, pl_module)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """The last task is learned."""
         self._log(trainer, pl_module)
 
@@ -38,7 +37,7 @@ class ContinualMonitor(Callback):
         attribution = next((c for c in trainer.callbacks if isinstance(c, AttributionCallback)), None)  # type: ignore[attr-defined]
         plasticity = layer_plasticity(attribution) if attribution else {}
         for logger in trainer.loggers:
-            logger.log_metrics({f"plasticity/{k}": v for k, v in plasticity.items()}, step=trainer.global_step)
+            logger.log_metrics({f"plasticity/{tag(k)}": v for k, v in plasticity.items()}, step=trainer.global_step)
             if not isinstance(logger, TensorBoardLogger) or not trainer.is_global_zero:
                 continue
             board, step = logger.experiment, trainer.global_step
@@ -46,16 +45,12 @@ class ContinualMonitor(Callback):
             if attribution and attribution.importance:
                 board.add_figure("importance", plot_importance_map(attribution.importance)[0], step)
                 for layer, values in layer_samples(attribution.importance).items():
-                    board.add_histogram(f"importance/{layer}", values, step)
+                    board.add_histogram(f"importance/{tag(layer)}", values, step)
 
 
-def layer_of(parameter_name: str) -> str:
-    """``layer_07`` for a parameter of the eighth block, else the name's first telling part (``embed_tokens``, ...)."""
-    match = re.search(r"\.(\d+)\.", parameter_name)
-    if match:
-        return f"layer_{int(match[1]):02d}"
-    parts = [part for part in parameter_name.split(".") if part not in ("model", "transformer", "weight", "bias")]
-    return parts[-1] if parts else parameter_name
+def tag(layer: str) -> str:
+    """A layer's name as part of a TensorBoard tag."""
+    return layer.replace(" ", "_")
 
 
 def layer_plasticity(attribution: AttributionCallback) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 
 
@@ -20,12 +20,10 @@ class TaskProgressBar(TQDMProgressBar):
         )
 
     def on_validation_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Name the task, and the probe, that is scored."""
         super().on_validation_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         index, probe = data.evaluations[dataloader_idx]
-        self.val_progress_bar.set_description(
-            f"Scoring {data.tasks[index].name}" + (f" ({probe})" if probe else "")
-        )
+        self.val_progress_bar.set_description(f"Scoring {data.tasks[index].name}" + (f" ({probe})" if probe else ""))

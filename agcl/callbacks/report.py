@@ -13,7 +13,7 @@ from typing import Any
 import lightning
 import torch
 import transformers
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
@@ -26,8 +26,8 @@ from agcl.module import NLL, SCORE
 class ContinualReport(Callback):
     """Writes the run's results to its folder after each task, and prints them and saves the model at the end.
 
-    ``scores.json`` holds everything, ``scores.csv`` and ``score_matrix.png`` the score matrix, ``model/`` the final model
-    in Hugging Face format. Each file is replaced whole, so that an interrupted run keeps the last complete one.
+    ``scores.json`` holds everything, ``scores.csv`` and ``score_matrix.png`` the score matrix, ``model/`` the final
+    model in Hugging Face format. Each file is replaced whole, so that an interrupted run keeps the last complete one.
 
     Args:
         save_model: Whether to write ``model/``.
@@ -38,16 +38,16 @@ class ContinualReport(Callback):
         self._seconds_before = 0.0
         self._start = time.monotonic()
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Start the clock."""
         self._start = time.monotonic()
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Write the results so far after each task."""
         if pl_module.tasks.ends_at(trainer.current_epoch):
             self._write(trainer, pl_module)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Write and print the final results; save the model."""
         self._write(trainer, pl_module)
         self._finish(trainer, pl_module)
@@ -63,19 +63,19 @@ class ContinualReport(Callback):
     def _wall_seconds(self) -> float:
         return self._seconds_before + time.monotonic() - self._start
 
-    def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _write(self, trainer: Trainer, pl_module: Any) -> None:
         results = collect_results(trainer, pl_module)  # on all ranks: metrics are synchronised
         results["wall_seconds"] = round(self._wall_seconds(), 1)
         if trainer.is_global_zero:
             write_results(Path(trainer.log_dir or trainer.default_root_dir), results)
 
     @rank_zero_only
-    def _finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _finish(self, trainer: Trainer, pl_module: Any) -> None:
         folder = Path(trainer.log_dir or trainer.default_root_dir)
         if self.save_model and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             partial = folder / "model.partial"
             shutil.rmtree(partial, ignore_errors=True)
-            pl_module.save_pretrained(partial)  # type: ignore[operator]
+            pl_module.save_pretrained(partial)
             shutil.rmtree(folder / "model", ignore_errors=True)
             partial.replace(folder / "model")
         console = Console()
@@ -85,7 +85,7 @@ class ContinualReport(Callback):
 
 
 def collect_results(trainer: Trainer, pl_module: Any) -> dict[str, Any]:
-    """Score matrices (rows: before any training, then after each task), metrics, tasks and versions, as plain values."""
+    """Score matrices (rows: before training, then after each task), metrics, tasks and versions, as plain values."""
     matrices = {name: _rows(matrix.compute()) for name, matrix in pl_module.score_matrices.items()}
     return {
         "tasks": [task.name for task in pl_module.tasks],

@@ -1,0 +1,1 @@
+"""Tasks and the data module that serves them."""

@@ -9,7 +9,6 @@ import torch
 from datasets import Dataset
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from agcl.data.tasks import IGNORED_LABEL, AnswerEncoder, Task, TaskSequence, collate
@@ -41,9 +40,9 @@ class ResumableDataLoader(DataLoader):
 class ContinualDataModule(LightningDataModule):
     """Sequential tasks for one ``Trainer.fit``: each task is a contiguous range of epochs.
 
-    Loaders have random generators of their own: from torch's global one they would draw at other moments in a resumed run.
-    The Trainer must run with :meth:`trainer_arguments`; the command line sets them by itself. Training rows are drawn in
-    an order that depends on ``seed`` and the epoch alone, so that a resumed run sees the same batches.
+    The Trainer must run with :meth:`trainer_arguments`; the command line sets them by itself. Training rows come in an
+    order that depends on ``seed`` and the epoch alone, so that a resumed run sees the same batches. Loaders have random
+    generators of their own: from torch's global one they would draw at other moments in a resumed run.
 
     Args:
         tasks: The tasks in the order of learning.
@@ -135,7 +134,7 @@ class ContinualDataModule(LightningDataModule):
             if value != wanted:
                 raise AgclError(
                     f"The Trainer's `{name}` is {value}, but learning these tasks one after another needs {wanted}: "
-                    "build it as `Trainer(**data.trainer_arguments(), ...)`, or leave the option out on the command line."
+                    "build it as `Trainer(**data.trainer_arguments(), ...)`, or leave it out on the command line."
                 )
 
     @property

@@ -42,8 +42,8 @@ class Task:
 
     Args:
         name: Its name in tables, file names and TensorBoard tags.
-        source: ``builtin:FOLDER/NAME``, a local JSONL, JSON, CSV, TSV or Parquet file (also gzipped), a mapping of split
-            names to such files, or a data set's name on the hub.
+        source: ``builtin:FOLDER/NAME``, a local JSONL, JSON, CSV, TSV or Parquet file (also gzipped), a mapping of
+            split names to such files, or a data set's name on the hub.
         prompt: Template of the prompt; ``{column}`` is replaced by the row's value.
         answer: Template of the answer. It is joined to the prompt as it stands, so it usually starts with a space; the
             tokenizer's end-of-sequence token is added.
@@ -119,7 +119,7 @@ class TaskSequence(Sequence[Task]):
         return self._ends[-1]
 
     def index_at(self, epoch: int) -> int:
-        """0-based index of the task that training epoch ``epoch`` (0-based) belongs to; the last one's beyond the end."""
+        """0-based index of the task that training epoch ``epoch`` (0-based) belongs to; beyond the end, the last."""
         return min(self.num_completed(epoch), len(self) - 1)
 
     def epoch_in_task(self, epoch: int) -> int:
@@ -165,7 +165,9 @@ def load_rows(task: Task, split: str, columns: Sequence[str]) -> Dataset:
             reason = " ".join(str(error.__cause__ or error).split())[:300]
             if "corresponds to no data" in reason:
                 reason = "it is empty"
-            raise AgclError(f"Task `{task.name}`: split `{split}` of {task.source} cannot be loaded: {reason}") from error
+            raise AgclError(
+                f"Task `{task.name}`: split `{split}` of {task.source} cannot be loaded: {reason}"
+            ) from error
     for column in columns:
         if column not in rows.column_names:
             raise AgclError(
@@ -193,11 +195,11 @@ def _load_arguments(task: Task) -> dict[str, Any]:
         if first.startswith((".", "/", "~")) and not Path(first).expanduser().exists():
             raise AgclError(f"Task `{task.name}`: {first} does not exist.")
         return {"path": first, "name": task.subset}
-    for path in files.values():
-        if not Path(path).expanduser().is_file():
-            raise AgclError(f"Task `{task.name}`: the file {path} does not exist.")
+    for file in files.values():
+        if not Path(file).expanduser().is_file():
+            raise AgclError(f"Task `{task.name}`: the file {file} does not exist.")
     arguments: dict[str, Any] = {"path": _BUILDERS[suffix]}
-    arguments["data_files"] = {name: str(Path(path).expanduser()) for name, path in files.items()}
+    arguments["data_files"] = {name: str(Path(file).expanduser()) for name, file in files.items()}
     if suffix == ".tsv":
         arguments["sep"] = "\t"
     return arguments

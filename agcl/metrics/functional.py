@@ -42,7 +42,7 @@ def average_performance(matrix: Tensor) -> Tensor:
 
 
 def backward_transfer(matrix: Tensor) -> Tensor:
-    """What learning the later tasks did to the earlier ones: ``mean_{i < t} (a[t, i] - a[i, i])``; negative: forgetting.
+    """What learning the later tasks did to the earlier ones: ``mean_{i < t} (a[t, i] - a[i, i])``; forgetting is < 0.
 
     Args:
         matrix: Score matrix, shape ``(T + 1, T)``, floating point.
@@ -100,7 +100,7 @@ def forward_transfer(matrix: Tensor) -> Tensor:
 
 
 def learning_accuracy(matrix: Tensor) -> Tensor:
-    """Mean score that each task had right after it was learned: ``mean_i a[i, i]``; what forgetting must be read beside.
+    """Mean score that each task had right after it was learned: ``mean_i a[i, i]``; forgetting is read beside it.
 
     Args:
         matrix: Score matrix, shape ``(T + 1, T)``, floating point.

@@ -17,9 +17,9 @@ class ScoreMatrix(Metric):
 
     .. math:: a_{t,i} = \text{score on task } i \text{ after learning } t \text{ tasks}
 
-    As input to ``update`` the metric takes the number of tasks ``learned`` so far (int in [0, T]), the 0-based index of
-    the ``task`` scored (int), its ``score`` (scalar) and a ``weight`` (for instance the number of rows behind the score,
-    where ranks score different rows). A cell is the weighted mean of its updates, over all ranks.
+    As input to ``update`` the metric takes the number of tasks ``learned`` so far (int in [0, T]), the 0-based index
+    of the ``task`` scored (int), its ``score`` (scalar) and a ``weight`` (for instance the number of rows behind the
+    score, where ranks score different rows). A cell is the weighted mean of its updates, over all ranks.
 
     As output of ``compute`` it returns a float64 tensor of shape ``(T + 1, T)``, NaN where nothing was measured.
 
@@ -159,8 +159,8 @@ class ForwardTransfer(_TransferMetric):
 
     .. math:: \text{FWT} = \frac{1}{t-1} \sum_{1 < i \le t} (a_{i-1,i} - a_{0,i})
 
-    Input and arguments as for :class:`ScoreMatrix`; ``compute`` returns a float64 scalar, NaN before the second task and
-    where the scores before any training were not measured.
+    Input and arguments as for :class:`ScoreMatrix`; ``compute`` returns a float64 scalar, NaN before the second task
+    and where the scores before any training were not measured.
 
     Example:
         >>> metric = ForwardTransfer(num_tasks=2)

@@ -34,7 +34,7 @@ def fit(folder, files, run_dir, *callbacks, optimizer=None, **trainer_options):
 
 def test_importance_is_the_mean_absolute_relevance_of_the_task(llama_folder, task_files, tmp_path, knowing):
     callback = attribution(num_samples=4, importance=ImportanceConfig(quantile=0.5))
-    model, data, boundaries = fit(llama_folder, task_files[:1], tmp_path, callback)
+    model, data, _ = fit(llama_folder, task_files[:1], tmp_path, callback)
     expected = {}
     for row in data.training_rows(0):
         answer = [p for p, label in enumerate(row["labels"]) if label != -100]

@@ -59,9 +59,7 @@ def test_prompt_is_masked_and_answer_is_closed(tmp_path):
 
 
 def test_class_labels_are_rendered_by_name(tmp_path):
-    rows = datasets.Dataset.from_dict({"q": ["x"], "a": [1]}).cast_column(
-        "a", datasets.ClassLabel(names=["no", "yes"])
-    )
+    rows = datasets.Dataset.from_dict({"q": ["x"], "a": [1]}).cast_column("a", datasets.ClassLabel(names=["no", "yes"]))
     rows.to_parquet(str(tmp_path / "rows.parquet"))
     task = Task(
         name="t",
@@ -103,8 +101,16 @@ ROWS = [{"prompt": "cat?", "answer": "a"}]
     [
         (ROWS, {"source": "/nowhere/x.jsonl"}, r"Task `t`: the file /nowhere/x.jsonl does not exist"),
         (ROWS, {"source": "./nowhere"}, r"Task `t`: ./nowhere does not exist"),
-        (ROWS, {"source": "builtin:cldr/klingon"}, r"Task `t`: there is no `builtin:cldr/klingon`; built in are .*welsh"),
-        (ROWS, {"prompt": "{question}"}, r"Task `t`: there is no column `question` in .*; its columns are prompt, answer"),
+        (
+            ROWS,
+            {"source": "builtin:cldr/klingon"},
+            r"Task `t`: there is no `builtin:cldr/klingon`; built in are .*welsh",
+        ),
+        (
+            ROWS,
+            {"prompt": "{question}"},
+            r"Task `t`: there is no column `question` in .*; its columns are prompt, answer",
+        ),
         (ROWS, {"train_split": "train[5:]"}, r"Task `t`: split `train\[5:\]` of .* is empty"),
         (ROWS, {"train_split": "dev"}, r"Task `t`: split `dev` of .* cannot be loaded.*dev"),
         ([{"prompt": "cat?", "answer": None}], {}, r"Task `t`: column `answer` is empty in row 0 of `train`"),

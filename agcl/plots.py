@@ -1,0 +1,170 @@
+"""Pictures of importance, plasticity and relevance, from plain mappings of tensors; no global plotting state."""
+
+import html
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+_LEVELS = 255  # importance is stored as uint8 fixed point, value / 255
+_GENERIC_PARTS = {"model", "transformer", "base_model", "weight", "bias", "default"}
+
+
+def layer_of(parameter_name: str) -> str:
+    """Where a parameter sits: ``layer 07`` for one of the eighth block, else its own name (``embed_tokens``, ``norm``).
+
+    Example:
+        >>> layer_of("model.layers.7.mlp.up_proj.weight"), layer_of("model.embed_tokens.weight")
+        ('layer 07', 'embed_tokens')
+    """
+    number = re.search(r"\.(\d+)\.", parameter_name)
+    return f"layer {int(number[1]):02d}" if number else kind_of(parameter_name)
+
+
+def kind_of(parameter_name: str) -> str:
+    """What a parameter belongs to: the last telling part of its name.
+
+    Example:
+        >>> kind_of("model.layers.7.mlp.up_proj.weight"), kind_of("transformer.h.0.attn.c_attn.bias")
+        ('up_proj', 'c_attn')
+    """
+    parts = [part for part in parameter_name.split(".") if part not in _GENERIC_PARTS]
+    return parts[-1] if parts else parameter_name
+
+
+def plot_importance_map(importance: Mapping[str, Tensor], title: str | None = None) -> tuple[Figure, Any]:
+    """Heat map of mean importance by layer (rows) and kind of module (columns).
+
+    Args:
+        importance: Parameter name -> uint8 fixed point (``value / 255``) or floating-point tensor in [0, 1].
+        title: Heading.
+
+    Returns:
+        Figure and axes. Cells without a parameter are blank.
+    """
+    sums: dict[tuple[str, str], tuple[float, int]] = {}
+    for name, values in importance.items():
+        cell = layer_of(name), kind_of(name)
+        total, count = sums.get(cell, (0.0, 0))
+        sums[cell] = total + _total(values), count + values.numel()
+    layers = sorted({layer for layer, _ in sums}, key=lambda layer: (not layer.startswith("layer"), layer))
+    kinds = list(dict.fromkeys(kind for _, kind in sums))
+    grid = [
+        [sums[cell][0] / sums[cell][1] if (cell := (row, kind)) in sums else float("nan") for kind in kinds]
+        for row in layers
+    ]
+    figure = Figure(figsize=(3.0 + 0.55 * len(kinds), 2.2 + 0.2 * len(layers)), layout="constrained")
+    ax = figure.add_subplot()
+    image = ax.imshow(grid, cmap="viridis", aspect="auto", vmin=0)
+    ax.set_xticks(range(len(kinds)), kinds, rotation=40, ha="right", rotation_mode="anchor")
+    ax.set_yticks(range(len(layers)), layers, fontsize=8)
+    ax.set_title(title or "Mean importance by layer and module", fontsize=10)
+    figure.colorbar(image, ax=ax, label="mean importance")
+    return figure, ax
+
+
+def importance_overlap(
+    a: Mapping[str, Tensor], b: Mapping[str, Tensor], top_share: float = 0.01
+) -> tuple[float, float]:
+    """How far two tasks rest on the same weights.
+
+    The top sets are those of all entries at or above the level that the ``top_share`` largest ones reach; ties at that
+    level are all in, so that a set may be larger than its share. Importance of 0 is never in.
+
+    Args:
+        a: Parameter name -> uint8 importance (fixed point).
+        b: The same names and shapes.
+        top_share: Share of all entries that counts as the top.
+
+    Returns:
+        Cosine similarity of all entries, and intersection over union of the two top sets; both in [0, 1].
+
+    Example:
+        >>> a, b = torch.tensor([255, 0], dtype=torch.uint8), torch.tensor([255, 255], dtype=torch.uint8)
+        >>> cosine, iou = importance_overlap({"weight": a}, {"weight": b}, top_share=0.5)
+        >>> round(cosine, 4), iou
+        (0.7071, 0.5)
+    """
+    threshold_a, threshold_b = _top_level(a, top_share), _top_level(b, top_share)
+    dot = norm_a = norm_b = 0.0
+    intersection = union = 0
+    for name, values in a.items():
+        left, right = values.double().flatten(), b[name].double().flatten()
+        dot += float(left @ right)
+        norm_a += float(left @ left)
+        norm_b += float(right @ right)
+        top_a, top_b = values >= threshold_a, b[name] >= threshold_b
+        intersection += int((top_a & top_b).sum())
+        union += int((top_a | top_b).sum())
+    length = (norm_a * norm_b) ** 0.5
+    return (dot / length if length else 0.0), (intersection / union if union else 0.0)
+
+
+def plot_importance_overlap(
+    importances: Mapping[str, Mapping[str, Tensor]], top_share: float = 0.01
+) -> tuple[Figure, Any]:
+    """Overlap of each pair of tasks: cosine similarity, and intersection over union of the most important weights.
+
+    Args:
+        importances: Task name -> its own importance (before merging), uint8.
+        top_share: See :func:`importance_overlap`.
+
+    Returns:
+        Figure and the two axes (the paper's Fig. 1 shows such overlaps).
+    """
+    names = list(importances)
+    pairs = [[importance_overlap(importances[x], importances[y], top_share) for y in names] for x in names]
+    figure = Figure(figsize=(3.2 + 1.3 * len(names), 2.0 + 0.55 * len(names)), layout="constrained")
+    axes = figure.subplots(1, 2)
+    titles = "Cosine similarity", f"Top {100 * top_share:g} %: intersection over union"
+    for panel, (ax, title) in enumerate(zip(axes, titles, strict=True)):
+        image = ax.imshow([[pair[panel] for pair in row] for row in pairs], vmin=0, vmax=1, cmap="viridis")
+        ax.set_xticks(range(len(names)), names, rotation=30, ha="right", rotation_mode="anchor")
+        ax.set_yticks(range(len(names)), names if panel == 0 else [""] * len(names))
+        ax.set_title(title, fontsize=10)
+        for y, row in enumerate(pairs):
+            for x, pair in enumerate(row):
+                colour = "white" if pair[panel] < 0.6 else "black"
+                ax.text(x, y, f"{pair[panel]:.2f}", ha="center", va="center", color=colour, fontsize=8)
+    figure.colorbar(image, ax=axes, shrink=0.8)
+    return figure, axes
+
+
+def token_relevance_html(tokens: Sequence[str], relevance: Sequence[float] | Tensor) -> str:
+    """Tokens on coloured ground: red for positive, blue for negative relevance, scaled by the largest magnitude.
+
+    Args:
+        tokens: Text of each token, shown with its white space.
+        relevance: One number each; shown as tooltip.
+
+    Returns:
+        One HTML element, everything escaped; black text on a light ground, readable in dark pages too.
+    """
+    values = [float(value) for value in relevance]
+    largest = max((abs(value) for value in values), default=0.0) or 1.0
+    spans = []
+    for token, value in zip(tokens, values, strict=True):
+        faded = round(255 * (1 - 0.8 * abs(value) / largest))
+        colour = f"rgb(255,{faded},{faded})" if value >= 0 else f"rgb({faded},{faded},255)"
+        spans.append(f'<span style="background:{colour};color:black" title="{value:+.3g}">{html.escape(token)}</span>')
+    return f'<div style="font-family:monospace;white-space:pre-wrap;line-height:1.8">{"".join(spans)}</div>'
+
+
+def _total(values: Tensor) -> float:
+    if values.dtype == torch.uint8:
+        return int(values.sum(dtype=torch.int64)) / _LEVELS
+    return float(values.sum(dtype=torch.float64))
+
+
+def _top_level(importance: Mapping[str, Tensor], top_share: float) -> int:
+    """Smallest level such that the entries above it are fewer than ``top_share`` of all; at least 1."""
+    counts = torch.zeros(_LEVELS + 1, dtype=torch.int64)
+    for values in importance.values():
+        counts += torch.bincount(values.flatten().cpu(), minlength=_LEVELS + 1)
+    at_or_above = counts.flip(0).cumsum(0).flip(0)
+    wanted = top_share * int(counts.sum())
+    reached = (at_or_above >= wanted).nonzero().flatten()
+    return max(1, int(reached[-1]))
