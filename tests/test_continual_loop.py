@@ -189,7 +189,7 @@ def test_checkpoint_of_another_model_is_refused(llama_folder, gpt2_folder, task_
     with pytest.raises(AgclError, match="The checkpoint is of another model: `model"):
         trainer_for(data, tmp_path).fit(model, datamodule=data, ckpt_path=checkpoint)
     model, data = build(llama_folder, task_files[:2])
-    with pytest.raises(AgclError, match="saved while learning the tasks .*task2.* but the configuration declares"):
+    with pytest.raises(AgclError, match=r"saved while learning the tasks .*task2.* but the configuration declares"):
         trainer_for(data, tmp_path).fit(model, datamodule=data, ckpt_path=checkpoint)
 
 

@@ -51,7 +51,8 @@ def test_importance_is_the_mean_absolute_relevance_of_the_task(llama_folder, tas
     assert metadata["num_samples"] == "4"
     assert importance.keys() == expected.keys()
     for name, score in expected.items():
-        q = score[score > 0].quantile(0.5)
+        used = score[score > 0].sort().values
+        q = used[(len(used) + 1) // 2 - 1]
         assert torch.allclose(importance[name] / 255, score / (score + q), atol=1 / 400), name
 
 
