@@ -51,7 +51,8 @@ def plot_importance_map(importance: Mapping[str, Tensor], title: str | None = No
         total, count = sums.get(cell, (0.0, 0))
         sums[cell] = total + _total(values), count + values.numel()
     layers = sorted({layer for layer, _ in sums}, key=lambda layer: (not layer.startswith("layer"), layer))
-    kinds = list(dict.fromkeys(kind for _, kind in sums))
+    outside = {kind for layer, kind in sums if not layer.startswith("layer")}
+    kinds = sorted({kind for _, kind in sums}, key=lambda kind: (kind in outside, kind))
     grid = [
         [sums[cell][0] / sums[cell][1] if (cell := (row, kind)) in sums else float("nan") for kind in kinds]
         for row in layers
