@@ -1,6 +1,7 @@
 """Pictures of importance, plasticity and relevance, from plain mappings of tensors; no global plotting state."""
 
 import html
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,7 +10,11 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from agcl.errors import AgclError
+
 _LEVELS = 255  # importance is stored as uint8 fixed point, value / 255
+_DARK_BELOW = 0.43  # viridis: with white text below and black above, the contrast is at least 4.5 : 1 everywhere
+_CHUNK = 2**18  # entries compared at a time: temporaries stay in cache, float32 sums stay exact enough
 _GENERIC_PARTS = {"model", "transformer", "base_model", "weight", "bias", "default"}
 
 
@@ -20,7 +25,7 @@ def layer_of(parameter_name: str) -> str:
         >>> layer_of("model.layers.7.mlp.up_proj.weight"), layer_of("model.embed_tokens.weight")
         ('layer 07', 'embed_tokens')
     """
-    number = re.search(r"\.(\d+)\.", parameter_name)
+    number = re.search(r"(?:^|\.)(\d+)\.", parameter_name)
     return f"layer {int(number[1]):02d}" if number else kind_of(parameter_name)
 
 
@@ -44,27 +49,43 @@ def plot_importance_map(importance: Mapping[str, Tensor], title: str | None = No
 
     Returns:
         Figure and axes. Cells without a parameter are blank.
+
+    Raises:
+        AgclError: If the mapping is empty.
     """
     sums: dict[tuple[str, str], tuple[float, int]] = {}
     for name, values in importance.items():
         cell = layer_of(name), kind_of(name)
         total, count = sums.get(cell, (0.0, 0))
         sums[cell] = total + _total(values), count + values.numel()
-    layers = sorted({layer for layer, _ in sums}, key=lambda layer: (not layer.startswith("layer"), layer))
-    outside = {kind for layer, kind in sums if not layer.startswith("layer")}
+    layers = sorted({layer for layer, _ in sums}, key=_row_order)
+    outside = {kind for layer, kind in sums if not layer.startswith("layer ")}
     kinds = sorted({kind for _, kind in sums}, key=lambda kind: (kind in outside, kind))
     grid = [
         [sums[cell][0] / sums[cell][1] if (cell := (row, kind)) in sums else float("nan") for kind in kinds]
         for row in layers
     ]
-    figure = Figure(figsize=(3.0 + 0.55 * len(kinds), 2.2 + 0.2 * len(layers)), layout="constrained")
-    ax = figure.add_subplot()
-    image = ax.imshow(grid, cmap="viridis", aspect="auto", vmin=0)
-    ax.set_xticks(range(len(kinds)), kinds, rotation=40, ha="right", rotation_mode="anchor")
-    ax.set_yticks(range(len(layers)), layers, fontsize=8)
-    ax.set_title(title or "Mean importance by layer and module", fontsize=10)
-    figure.colorbar(image, ax=ax, label="mean importance")
-    return figure, ax
+    return _by_layer(grid, layers, kinds, title or "Mean importance by layer and module", "mean importance")
+
+
+def plot_plasticity(plasticity: Mapping[str, Mapping[str, float]], title: str | None = None) -> tuple[Figure, Any]:
+    """Heat map of what each layer can still learn (rows) after each task (columns), colours fixed to [0, 1].
+
+    Args:
+        plasticity: Name of the task learned -> layer, as :func:`layer_of` names it -> mean plasticity in [0, 1]; tasks
+            in the order of learning.
+        title: Heading.
+
+    Returns:
+        Figure and axes. Layers without a value after a task are blank.
+
+    Raises:
+        AgclError: If there is no task or no layer.
+    """
+    layers = sorted({layer for values in plasticity.values() for layer in values}, key=_row_order)
+    grid = [[values.get(layer, math.nan) for values in plasticity.values()] for layer in layers]
+    columns = [f"after {task}" for task in plasticity]
+    return _by_layer(grid, layers, columns, title or "Remaining plasticity by layer", "mean plasticity", largest=1.0)
 
 
 def importance_overlap(
@@ -76,12 +97,15 @@ def importance_overlap(
     level are all in, so that a set may be larger than its share. Importance of 0 is never in.
 
     Args:
-        a: Parameter name -> uint8 importance (fixed point).
+        a: Parameter name -> importance, uint8 fixed point (``value / 255``) or floating point.
         b: The same names and shapes.
         top_share: Share of all entries that counts as the top.
 
     Returns:
         Cosine similarity of all entries, and intersection over union of the two top sets; both in [0, 1].
+
+    Raises:
+        AgclError: If the names differ.
 
     Example:
         >>> a, b = torch.tensor([255, 0], dtype=torch.uint8), torch.tensor([255, 255], dtype=torch.uint8)
@@ -89,17 +113,21 @@ def importance_overlap(
         >>> round(cosine, 4), iou
         (0.7071, 0.5)
     """
+    if a.keys() != b.keys():
+        name = min(a.keys() ^ b.keys())
+        raise AgclError(f"Only one of the two importances covers `{name}`; compare tasks of one run.")
     threshold_a, threshold_b = _top_level(a, top_share), _top_level(b, top_share)
     dot = norm_a = norm_b = 0.0
     intersection = union = 0
-    for name, values in a.items():
-        left, right = values.double().flatten(), b[name].double().flatten()
-        dot += float(left @ right)
-        norm_a += float(left @ left)
-        norm_b += float(right @ right)
-        top_a, top_b = values >= threshold_a, b[name] >= threshold_b
-        intersection += int((top_a & top_b).sum())
-        union += int((top_a | top_b).sum())
+    for name in a:
+        for part_a, part_b in zip(a[name].flatten().split(_CHUNK), b[name].flatten().split(_CHUNK), strict=True):
+            left, right = part_a.float(), part_b.float()
+            dot += float(left @ right)
+            norm_a += float(left @ left)
+            norm_b += float(right @ right)
+            top_a, top_b = part_a >= threshold_a, part_b >= threshold_b
+            intersection += int((top_a & top_b).sum())
+            union += int((top_a | top_b).sum())
     length = (norm_a * norm_b) ** 0.5
     return (dot / length if length else 0.0), (intersection / union if union else 0.0)
 
@@ -110,15 +138,19 @@ def plot_importance_overlap(
     """Overlap of each pair of tasks: cosine similarity, and intersection over union of the most important weights.
 
     Args:
-        importances: Task name -> its own importance (before merging), uint8.
+        importances: Task name -> its own importance (before merging), as for :func:`importance_overlap`.
         top_share: See :func:`importance_overlap`.
 
     Returns:
         Figure and the two axes (the paper's Fig. 1 shows such overlaps).
     """
     names = list(importances)
-    pairs = [[importance_overlap(importances[x], importances[y], top_share) for y in names] for x in names]
-    figure = Figure(figsize=(3.2 + 1.3 * len(names), 2.0 + 0.55 * len(names)), layout="constrained")
+    below = [
+        [importance_overlap(importances[x], importances[y], top_share) for y in names[: row + 1]]
+        for row, x in enumerate(names)
+    ]
+    pairs = [[below[max(x, y)][min(x, y)] for y in range(len(names))] for x in range(len(names))]  # it is symmetric
+    figure = Figure(figsize=(max(7.0, 3.2 + 1.3 * len(names)), 2.0 + 0.55 * len(names)), layout="constrained")
     axes = figure.subplots(1, 2)
     titles = "Cosine similarity", f"Top {100 * top_share:g} %: intersection over union"
     for panel, (ax, title) in enumerate(zip(axes, titles, strict=True)):
@@ -128,7 +160,7 @@ def plot_importance_overlap(
         ax.set_title(title, fontsize=10)
         for y, row in enumerate(pairs):
             for x, pair in enumerate(row):
-                colour = "white" if pair[panel] < 0.6 else "black"
+                colour = "white" if pair[panel] < _DARK_BELOW else "black"
                 ax.text(x, y, f"{pair[panel]:.2f}", ha="center", va="center", color=colour, fontsize=8)
     figure.colorbar(image, ax=axes, shrink=0.8)
     return figure, axes
@@ -154,14 +186,46 @@ def token_relevance_html(tokens: Sequence[str], relevance: Sequence[float] | Ten
     return f'<div style="font-family:monospace;white-space:pre-wrap;line-height:1.8">{"".join(spans)}</div>'
 
 
+def _by_layer(
+    grid: list[list[float]],
+    layers: list[str],
+    columns: list[str],
+    title: str,
+    label: str,
+    largest: float | None = None,
+) -> tuple[Figure, Any]:
+    """Heat map with a row for each layer; colours from 0 to ``largest``, or to the largest value."""
+    if not layers:
+        raise AgclError("There is nothing to draw: the mapping is empty. Values exist once the first task is learned.")
+    figure = Figure(figsize=(3.0 + 0.55 * len(columns), 2.2 + 0.2 * len(layers)), layout="constrained")
+    ax = figure.add_subplot()
+    image = ax.imshow(grid, cmap="viridis", aspect="auto", vmin=0, vmax=largest)
+    ax.set_xticks(range(len(columns)), columns, rotation=40, ha="right", rotation_mode="anchor")
+    ax.set_yticks(range(len(layers)), layers, fontsize=8)
+    ax.set_title(title, fontsize=10)
+    figure.colorbar(image, ax=ax, label=label)
+    return figure, ax
+
+
+def _row_order(layer: str) -> tuple[bool, int, str]:
+    """Layers by number, then everything else by name."""
+    number = re.fullmatch(r"layer (\d+)", layer)
+    return number is None, int(number[1]) if number else 0, layer
+
+
 def _total(values: Tensor) -> float:
     if values.dtype == torch.uint8:
         return int(values.sum(dtype=torch.int64)) / _LEVELS
     return float(values.sum(dtype=torch.float64))
 
 
-def _top_level(importance: Mapping[str, Tensor], top_share: float) -> int:
-    """Smallest level such that the entries above it are fewer than ``top_share`` of all; at least 1."""
+def _top_level(importance: Mapping[str, Tensor], top_share: float) -> float:
+    """Largest value that at least ``top_share`` of all entries reach; never 0, so that unimportant entries stay out."""
+    if any(values.is_floating_point() for values in importance.values()):
+        flat = torch.cat([values.double().flatten() for values in importance.values()])
+        level = float(flat.kthvalue(flat.numel() - max(1, math.ceil(top_share * flat.numel())) + 1).values)
+        positive = flat[flat > 0]
+        return max(level, float(positive.min())) if len(positive) else math.inf
     counts = torch.zeros(_LEVELS + 1, dtype=torch.int64)
     for values in importance.values():
         counts += torch.bincount(values.flatten().cpu(), minlength=_LEVELS + 1)

@@ -1,12 +1,14 @@
 import pytest
 import torch
 
+from agcl.errors import AgclError
 from agcl.plots import (
     importance_overlap,
     kind_of,
     layer_of,
     plot_importance_map,
     plot_importance_overlap,
+    plot_plasticity,
     token_relevance_html,
 )
 
@@ -18,6 +20,8 @@ from agcl.plots import (
         ("model.embed_tokens.weight", "embed_tokens", "embed_tokens"),
         ("model.norm.weight", "norm", "norm"),
         ("transformer.h.3.mlp.c_fc.bias", "layer 03", "c_fc"),
+        ("layers.5.mlp.up_proj.weight", "layer 05", "up_proj"),
+        ("5.up_proj.weight", "layer 05", "up_proj"),
         ("transformer.wpe.weight", "wpe", "wpe"),
         ("base_model.model.model.layers.0.mlp.up_proj.lora_A.default.weight", "layer 00", "lora_A"),
     ],
@@ -46,6 +50,38 @@ def test_map_shows_the_mean_of_each_cell():
     assert grid.mask.sum() == 4 * 3 - 7  # cells without a parameter stay blank
 
 
+def test_map_of_floats_is_the_map_of_the_fixed_point_values():
+    values = importance(0)
+    floats = {name: levels.double() / 255 for name, levels in values.items()}
+    grids = [plot_importance_map(x)[1].images[0].get_array() for x in (values, floats)]
+    assert grids[0].compressed() == pytest.approx(grids[1].compressed())
+
+
+def row_labels(ax):
+    return [label.get_text() for label in ax.get_yticklabels()]
+
+
+def test_rows_follow_the_numbers_of_the_layers():
+    values = {f"model.layers.{i}.mlp.up_proj.weight": torch.ones(1, 1) for i in (100, 11, 2)}
+    _, ax = plot_importance_map(values | {"layernorm_in.weight": torch.ones(1)})
+    assert row_labels(ax) == ["layer 02", "layer 11", "layer 100", "layernorm_in"]
+
+
+def test_plasticity_has_a_row_for_each_layer_and_a_column_for_each_task():
+    _, ax = plot_plasticity({"a": {"norm": 0.5, "layer 00": 0.9}, "b": {"layer 00": 0.75}})
+    assert row_labels(ax) == ["layer 00", "norm"]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["after a", "after b"]
+    image = ax.images[0]
+    assert image.get_array().filled(-1).tolist() == [[0.9, 0.75], [0.5, -1]]  # blank where there is no value
+    assert image.get_clim() == (0, 1)  # comparable between runs
+
+
+@pytest.mark.parametrize(("draw", "nothing"), [(plot_importance_map, {}), (plot_plasticity, {"a": {}})])
+def test_nothing_to_draw_is_refused(draw, nothing):
+    with pytest.raises(AgclError, match="nothing to draw"):
+        draw(nothing)
+
+
 def test_overlap_against_sets():
     a, b = importance(1), importance(2)
     flat_a, flat_b = (torch.cat([v.flatten().double() for v in x.values()]) for x in (a, b))
@@ -59,6 +95,43 @@ def test_overlap_against_sets():
     assert importance_overlap(a, a) == pytest.approx((1.0, 1.0))
     nothing = {name: torch.zeros_like(values) for name, values in a.items()}
     assert importance_overlap(a, nothing) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_overlap_of_floats_is_that_of_the_same_levels(dtype):
+    a, b = importance(1), importance(2)
+    for share in (0.01, 0.1, 0.5):
+        floats = [{name: levels.to(dtype) / 256 for name, levels in x.items()} for x in (a, b)]  # / 256 is exact
+        assert importance_overlap(*floats, share) == pytest.approx(importance_overlap(a, b, share))
+    sparse = {"w": torch.tensor([0.0, 0.0, 0.0, 1e-30])}
+    assert importance_overlap(sparse, {"w": torch.ones(4)}, top_share=1.0) == (0.5, 0.25)  # zeros are never in
+    assert importance_overlap({"w": torch.zeros(4)}, sparse) == (0.0, 0.0)
+
+
+def test_overlap_of_different_parameters_is_refused():
+    a = importance(1)
+    b = {name: levels for name, levels in a.items() if "layers.2.mlp.up" not in name}
+    for pair in ((a, b), (b, a)):
+        with pytest.raises(AgclError, match=r"covers `model\.layers\.2\.mlp\.up_proj\.weight`"):
+            importance_overlap(*pair)
+
+
+def test_overlap_picture_is_symmetric_and_in_the_order_of_the_tasks():
+    importances = {f"task{i}": importance(i) for i in range(3)}
+    _, axes = plot_importance_overlap(importances, top_share=0.1)
+    expected = [[importance_overlap(x, y, 0.1) for y in importances.values()] for x in importances.values()]
+    for panel in range(2):
+        for row, shown in zip(expected, axes[panel].images[0].get_array().tolist(), strict=True):
+            assert shown == pytest.approx([pair[panel] for pair in row])
+
+
+@pytest.mark.parametrize("num_tasks", [1, 2])
+def test_titles_of_the_two_panels_stay_apart(num_tasks):
+    figure, axes = plot_importance_overlap({f"task{i}": importance(i) for i in range(num_tasks)})
+    figure.draw_without_rendering()
+    left, right = (ax.title.get_window_extent() for ax in axes)
+    assert left.x1 + 5 < right.x0
+    assert right.x1 < figure.bbox.width
 
 
 def test_overlap_picture_has_a_number_for_each_pair():

@@ -116,7 +116,7 @@ class AttributionCallback(Callback):
         # On resuming, Lightning may run an epoch's end again, or never have run it: what is there is kept.
         if pl_module.tasks[index].name not in self.files:
             self._learn_importance(trainer, pl_module, index)
-        if self.importance and index + 1 < len(pl_module.tasks):
+        if self.importance:
             self._attach_gate(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:

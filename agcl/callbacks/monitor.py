@@ -11,31 +11,45 @@ from agcl.attribution.importance import dequantise
 from agcl.callbacks.attribution import AttributionCallback
 from agcl.metrics import plot_score_matrix
 from agcl.module import SCORE
-from agcl.plots import layer_of, plot_importance_map
+from agcl.plots import layer_of, plot_importance_map, plot_plasticity
 
 _HISTOGRAM_ENTRIES = 100_000  # a sample that shows the distribution and keeps the event file small
 
 
 class ContinualMonitor(Callback):
-    """Logs to TensorBoard, as soon as a task is learned: the score-matrix figure and, with an ``AttributionCallback``,
-    importance histograms and the remaining plasticity ``mean((1 - importance) ** strength)`` per layer.
+    """Shows each task's outcome in TensorBoard: the score matrix and, with an ``AttributionCallback``, importance by layer.
 
-    Scalars (losses, scores, continual metrics) are logged by ``ContinualLM`` itself, to any logger.
-    """  # noqa: D205
+    That is histograms and a heat map of the running importance, and the remaining plasticity
+    ``mean((1 - importance) ** strength)`` of each layer, as scalars (for any logger) and as a picture over the tasks.
+    Losses, scores and continual metrics are logged by ``ContinualLM`` itself.
+    """
+
+    def __init__(self) -> None:
+        self._plasticity: dict[str, dict[str, float]] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Remaining plasticity by layer after each task so far."""
+        return {"plasticity": self._plasticity}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` gave."""
+        self._plasticity = state_dict["plasticity"]
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
         """A task begins: show what the one before left."""
-        if trainer.current_epoch > 0 and pl_module.tasks.starts_at(trainer.current_epoch):
-            self._log(trainer, pl_module)
+        epoch, tasks = trainer.current_epoch, pl_module.tasks
+        if epoch > 0 and tasks.starts_at(epoch):
+            self._log(trainer, pl_module, tasks[tasks.index_at(epoch) - 1].name)
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """The last task is learned."""
-        self._log(trainer, pl_module)
+        self._log(trainer, pl_module, pl_module.tasks[-1].name)
 
-    def _log(self, trainer: Trainer, pl_module: Any) -> None:
+    def _log(self, trainer: Trainer, pl_module: Any, task: str) -> None:
         scores = pl_module.score_matrices[SCORE].compute()  # on all ranks
         attribution = next((c for c in trainer.callbacks if isinstance(c, AttributionCallback)), None)  # type: ignore[attr-defined]
         plasticity = layer_plasticity(attribution) if attribution else {}
+        self._plasticity[task] = plasticity
         for logger in trainer.loggers:
             logger.log_metrics({f"plasticity/{tag(k)}": v for k, v in plasticity.items()}, step=trainer.global_step)
             if not isinstance(logger, TensorBoardLogger) or not trainer.is_global_zero:
@@ -44,6 +58,7 @@ class ContinualMonitor(Callback):
             board.add_figure("score_matrix", plot_score_matrix(scores, [t.name for t in pl_module.tasks])[0], step)
             if attribution and attribution.importance:
                 board.add_figure("importance", plot_importance_map(attribution.importance)[0], step)
+                board.add_figure("plasticity", plot_plasticity(self._plasticity)[0], step)
                 for layer, values in layer_samples(attribution.importance).items():
                     board.add_histogram(f"importance/{tag(layer)}", values, step)
 

@@ -1,28 +1,33 @@
 """The score matrix as a picture."""
 
 import math
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
 from torch import Tensor
 
+_DARK_BELOW = 0.43  # viridis: with white text below and black above, the contrast is at least 4.5 : 1 everywhere
+_CHARACTERS_PER_INCH = 15  # of a title in 9 points
+
 
 def plot_score_matrix(
     matrix: Tensor, task_names: Sequence[str], ax: Any = None, title: str | None = None
 ) -> tuple[Any, Any]:
-    """Draw a score matrix as an annotated heat map, colours fixed to [0, 1]; the task just learned is framed.
+    """Draw a score matrix as an annotated heat map, colours fixed to [0, 1]; the task just learned is bold.
 
     Args:
         matrix: Shape ``(T + 1, T)``, NaN where not measured (left blank).
         task_names: The T names, in the order of learning.
         ax: Matplotlib axes to draw on; a new figure (outside pyplot) if left out.
-        title: Heading.
+        title: Heading, for instance the metrics; broken after commas where it is too long for one line.
 
     Returns:
         Figure and axes.
     """
     num_tasks = len(task_names)
+    figure = None
     if ax is None:
         figure = Figure(figsize=(2.4 + 0.75 * num_tasks, 1.9 + 0.45 * num_tasks), layout="constrained")
         ax = figure.add_subplot()
@@ -42,10 +47,20 @@ def plot_score_matrix(
                 ha="center",
                 va="center",
                 fontsize=9,
-                color="white" if value < 0.6 else "black",
+                color="white" if value < _DARK_BELOW else "black",
                 fontweight="bold" if just_learned else "normal",
             )
     if title:
-        ax.set_title(title, fontsize=9, wrap=True)
+        lines = _folded(title, ax.get_window_extent().width / ax.figure.dpi)
+        ax.set_title("\n".join(lines), fontsize=9)
+        if figure is not None:
+            figure.set_figheight(figure.get_figheight() + 0.17 * len(lines))  # not at the cost of the cells
     ax.figure.colorbar(image, ax=ax, label="score", shrink=0.9)
     return ax.figure, ax
+
+
+def _folded(title: str, inches: float) -> list[str]:
+    """Lines about as wide as the axes: broken after commas, so that a name stays with its number, else at spaces."""
+    if ", " in title:
+        title = title.replace(" ", "\u00a0").replace(",\u00a0", ", ")
+    return textwrap.wrap(title, max(1, int(inches * _CHARACTERS_PER_INCH)), break_long_words=False)

@@ -59,16 +59,17 @@ def backward_transfer(matrix: Tensor) -> Tensor:
 
 
 def forgetting(matrix: Tensor) -> Tensor:
-    """Loss against the best score a task ever had: ``mean_{i < t} (max_{s < t} a[s, i] - a[t, i])``.
+    """Loss against the best score a task had: ``mean_{i < t} (max_{1 <= s < t} a[s, i] - a[t, i])``.
 
-    The maximum is over all earlier rows that were measured, those before the task's own training included: what the
-    model could do beforehand can be forgotten too.
+    The maximum is over the measured rows 1 .. t - 1, as in Chaudhry et al. 2018: rows from before the task's own
+    training count, row 0 (before any training) does not.
 
     Args:
         matrix: Score matrix, shape ``(T + 1, T)``, floating point.
 
     Returns:
-        Scalar of the matrix's dtype; NaN before the second task is learned.
+        Scalar of the matrix's dtype; NaN before the second task is learned, or if rows 1 .. t - 1 hold no score of
+        one of the earlier tasks.
 
     Example:
         >>> forgetting(torch.tensor([[0.0, 0.0], [1.0, 0.2], [0.4, 0.8]]))
@@ -77,7 +78,8 @@ def forgetting(matrix: Tensor) -> Tensor:
     learned = num_learned(matrix)
     if learned < 2:
         return matrix.new_tensor(torch.nan)
-    best = matrix[:learned].nan_to_num(nan=-torch.inf).amax(dim=0)
+    best = matrix[1:learned].nan_to_num(nan=-torch.inf).amax(dim=0)
+    best = best.masked_fill(best == -torch.inf, torch.nan)
     return (best - matrix[learned])[: learned - 1].mean()
 
 

@@ -136,9 +136,9 @@ class BackwardTransfer(_TransferMetric):
 
 
 class Forgetting(_TransferMetric):
-    r"""Mean drop of the earlier tasks' scores from the best one they ever had.
+    r"""Mean drop of the earlier tasks' scores from the best one they had since training began.
 
-    .. math:: F = \frac{1}{t-1} \sum_{i < t} (\max_{s < t} a_{s,i} - a_{t,i})
+    .. math:: F = \frac{1}{t-1} \sum_{i < t} (\max_{1 \le s < t} a_{s,i} - a_{t,i})
 
     Input and arguments as for :class:`ScoreMatrix`; ``compute`` returns a float64 scalar, NaN before the second task.
 

@@ -3,6 +3,8 @@ import pickle
 import pytest
 import torch
 import torch.distributed as dist
+from matplotlib import colors
+from matplotlib.figure import Figure
 from torchmetrics import MetricCollection
 
 from agcl.errors import AgclError
@@ -14,6 +16,7 @@ from agcl.metrics import (
     LearningAccuracy,
     ScoreMatrix,
     functional,
+    plot_score_matrix,
 )
 
 MATRIX = torch.tensor(
@@ -95,6 +98,43 @@ def test_plots():
     assert [label.get_text() for label in axes.get_xticklabels()] == ["task 1", "task 2", "task 3"]
     figure, axes = fill(BackwardTransfer(3)).plot()
     assert figure is axes.figure
+
+
+def luminance(colour):
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in colors.to_rgb(colour)]
+    return sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+def test_cell_text_stands_out_from_its_cell():
+    values = torch.linspace(0, 1, 110).view(11, 10)
+    _, axes = plot_score_matrix(values, [f"t{i}" for i in range(10)])
+    image = axes.images[0]
+    for text, value in zip(axes.texts, values.flatten().tolist(), strict=True):
+        dark, light = sorted((luminance(text.get_color()), luminance(image.cmap(image.norm(value))[:3])))
+        assert (light + 0.05) / (dark + 0.05) >= 4.5, value  # WCAG 2, level AA
+
+
+@pytest.mark.parametrize("num_tasks", [1, 2, 5, 15])
+def test_a_long_title_stays_inside_and_keeps_names_with_their_numbers(num_tasks):
+    names = "average performance", "backward transfer", "forgetting", "forward transfer", "learning accuracy"
+    parts = [f"{name} -0.123" for name in names]
+    matrix = torch.zeros(num_tasks + 1, num_tasks)
+    figure, axes = plot_score_matrix(matrix, [f"task{i}" for i in range(num_tasks)], title=", ".join(parts))
+    figure.draw_without_rendering()
+    title = axes.title.get_window_extent()
+    assert title.x0 >= 0
+    assert title.x1 <= figure.bbox.width
+    assert title.y1 <= figure.bbox.height
+    lines = axes.get_title().replace("\u00a0", " ").splitlines()
+    assert [part for line in lines for part in line.rstrip(",").split(", ")] == parts
+
+
+def test_a_matrix_can_be_drawn_on_given_axes():
+    figure = Figure()
+    left, right = figure.subplots(1, 2)
+    assert plot_score_matrix(MATRIX, ["a", "b", "c"], ax=right, title="right") == (figure, right)
+    assert not left.images
+    assert list(figure.get_size_inches()) == [6.4, 4.8]
 
 
 def _rank(rank, init_file, results):
