@@ -14,7 +14,7 @@ from agcl.errors import AgclError
 
 _LEVELS = 255  # importance is stored as uint8 fixed point, value / 255
 _DARK_BELOW = 0.43  # viridis: with white text below and black above, the contrast is at least 4.5 : 1 everywhere
-_CHUNK = 2**18  # entries compared at a time: temporaries stay in cache, float32 sums stay exact enough
+_CHUNK = 2**18  # entries compared at a time: temporaries stay in cache
 _GENERIC_PARTS = {"model", "transformer", "base_model", "weight", "bias", "default"}
 
 
@@ -121,7 +121,7 @@ def importance_overlap(
     intersection = union = 0
     for name in a:
         for part_a, part_b in zip(a[name].flatten().split(_CHUNK), b[name].flatten().split(_CHUNK), strict=True):
-            left, right = part_a.float(), part_b.float()
+            left, right = part_a.double(), part_b.double()
             dot += float(left @ right)
             norm_a += float(left @ left)
             norm_b += float(right @ right)

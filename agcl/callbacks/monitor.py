@@ -17,7 +17,7 @@ _HISTOGRAM_ENTRIES = 100_000  # a sample that shows the distribution and keeps t
 
 
 class ContinualMonitor(Callback):
-    """Shows each task's outcome in TensorBoard: the score matrix and, with an ``AttributionCallback``, importance by layer.
+    """Shows each task's outcome in TensorBoard: score matrix and, with an ``AttributionCallback``, importance by layer.
 
     That is histograms and a heat map of the running importance, and the remaining plasticity
     ``mean((1 - importance) ** strength)`` of each layer, as scalars (for any logger) and as a picture over the tasks.
