@@ -39,6 +39,8 @@ class AttributionCallback(Callback):
         gate: ``gradient`` rescales gradients by backward hooks (the paper; cancelled by Adam-like optimizers),
             ``update`` rescales the optimizer's whole step, ``auto`` picks what protects under the optimizer in use.
         rule: ``attnlrp``, ``cplrp``, or ``none``: the plain gradient without LRP rules.
+        score: ``relevance``: weight times gradient, as in the paper. ``sensitivity``: the squared gradient, which is the
+            squared relevance per unit of weight: it fits optimizers like Adam, whose step does not grow with the weight.
         num_samples: Rows, answered correctly, that each task's importance is computed from.
         importance: How relevance over samples becomes importance: sign, normalisation and its scope, K, alpha.
         strength: Exponent of the plasticity; 1 is the paper's linear gate, 0 no gate.
@@ -56,6 +58,7 @@ class AttributionCallback(Callback):
         self,
         gate: Literal["auto", "gradient", "update"] = "auto",
         rule: GradientRule = "attnlrp",
+        score: Literal["relevance", "sensitivity"] = "relevance",
         num_samples: int = 16,
         importance: ImportanceConfig = ImportanceConfig(),  # noqa: B008 (immutable)
         strength: float = 1.0,
@@ -73,6 +76,7 @@ class AttributionCallback(Callback):
             raise AgclError(f"`parameters` is not a regular expression: {parameters!r} ({error}).") from error
         self.gate = gate
         self.rule: GradientRule = rule
+        self.score = score
         self.num_samples = num_samples
         self.config = importance
         self.strength = strength
@@ -165,7 +169,8 @@ class AttributionCallback(Callback):
         aggregator = SampleAggregator(self.config)
 
         def consume(name: str, parameter: nn.Parameter, gradient: Tensor) -> None:
-            aggregator.update(name, gradient.mul_(parameter.detach()))
+            is_relevance = self.score == "relevance"
+            aggregator.update(name, gradient.mul_(parameter.detach()) if is_relevance else gradient.square_())
 
         bar = tqdm(
             total=self.num_samples,
@@ -210,7 +215,7 @@ class AttributionCallback(Callback):
         return [name for name, parameter in named if parameter.requires_grad and self._pattern.search(name)]
 
     def _metadata(self, pl_module: Any, task: str, num_samples: int) -> dict[str, str]:
-        settings = {"rule": self.rule, "num_samples": num_samples, **vars(self.config)}
+        settings = {"rule": self.rule, "score": self.score, "num_samples": num_samples, **vars(self.config)}
         return {"task": task, "model": pl_module.model_name_or_path, **{k: str(v) for k, v in settings.items()}}
 
     def _collect_files(self, trainer: Trainer) -> None:

@@ -32,9 +32,11 @@ def fit(folder, files, run_dir, *callbacks, optimizer=None, **trainer_options):
     return model, data, boundaries.weights
 
 
-def test_importance_is_the_mean_absolute_relevance_of_the_task(llama_folder, task_files, tmp_path, knowing):
-    callback = attribution(num_samples=4, importance=ImportanceConfig(quantile=0.5))
+@pytest.mark.parametrize("score", ["relevance", "sensitivity"])
+def test_importance_is_the_tasks_mean_score(llama_folder, task_files, tmp_path, knowing, score):
+    callback = attribution(num_samples=4, score=score, importance=ImportanceConfig(quantile=0.5))
     model, data, _ = fit(llama_folder, task_files[:1], tmp_path, callback)
+    weights_now = dict(model.model.named_parameters())
     expected = {}
     for row in data.training_rows(0):
         answer = [p for p, label in enumerate(row["labels"]) if label != -100]
@@ -45,15 +47,16 @@ def test_importance_is_the_mean_absolute_relevance_of_the_task(llama_folder, tas
             targets=torch.tensor([row["labels"][p] for p in answer]),
         )
         for name, values in relevance.items():
-            expected[name] = expected.get(name, 0) + values.abs() / 4
+            value = values.abs() if score == "relevance" else (values / weights_now[name].detach()).square()
+            expected[name] = expected.get(name, 0) + value / 4
     importance, metadata = load_importance(tmp_path / "importance" / "00_task0.safetensors")
     assert metadata["task"] == "task0"
     assert metadata["num_samples"] == "4"
     assert importance.keys() == expected.keys()
-    for name, score in expected.items():
-        used = score[score > 0].sort().values
+    for name, values in expected.items():
+        used = values[values > 0].sort().values
         q = used[(len(used) + 1) // 2 - 1]
-        assert torch.allclose(importance[name] / 255, score / (score + q), atol=1 / 400), name
+        assert torch.allclose(importance[name] / 255, values / (values + q), atol=1 / 400), name
 
 
 def test_running_maximum_over_the_tasks(llama_folder, task_files, tmp_path, knowing):
