@@ -39,7 +39,7 @@ class AttributionCallback(Callback):
         gate: ``gradient`` rescales gradients by backward hooks (the paper; cancelled by Adam-like optimizers),
             ``update`` rescales the optimizer's whole step, ``auto`` picks what protects under the optimizer in use.
         rule: ``attnlrp``, ``cplrp``, or ``none``: the plain gradient without LRP rules.
-        score: ``relevance``: weight times gradient, as in the paper. ``sensitivity``: the squared gradient, that is, the
+        score: ``relevance``: weight times gradient, as in the paper. ``sensitivity``: the squared gradient, that is the
             squared relevance per unit of weight; it suits optimizers like Adam, whose step hardly depends on the
             weight's size.
         num_samples: Rows, answered correctly, that each task's importance is computed from.
