@@ -18,7 +18,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 setup: $(INSTALLED) ## virtual environment with everything, pinned
 
-quickstart: $(INSTALLED) ## the main job: a real model learns five real tasks, with attribution-guided gating
+quickstart: $(INSTALLED) ## the main job: a real model learns four real tasks, with attribution-guided gating
 	$(BIN)/agcl fit --config lightning_configs/quickstart.yaml
 
 quickstart-sequential: $(INSTALLED) ## its twin: the same run without the gate
