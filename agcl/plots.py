@@ -15,7 +15,8 @@ from agcl.errors import AgclError
 _LEVELS = 255  # importance is stored as uint8 fixed point, value / 255
 _DARK_BELOW = 0.43  # viridis: with white text below and black above, the contrast is at least 4.5 : 1 everywhere
 _CHUNK = 2**18  # entries compared at a time: temporaries stay in cache
-_GENERIC_PARTS = {"model", "transformer", "base_model", "weight", "bias", "default"}
+_GENERIC_PARTS = {"model", "transformer", "base_model", "base_layer", "modules_to_save", "weight", "bias", "default"}
+_AMBIGUOUS_KINDS = {"c_proj", "lora_A", "lora_B"}  # in one layer they occur in several modules
 
 
 def layer_of(parameter_name: str) -> str:
@@ -37,6 +38,8 @@ def kind_of(parameter_name: str) -> str:
         ('up_proj', 'c_attn')
     """
     parts = [part for part in parameter_name.split(".") if part not in _GENERIC_PARTS]
+    if len(parts) > 1 and parts[-1] in _AMBIGUOUS_KINDS:
+        return ".".join(parts[-2:])
     return parts[-1] if parts else parameter_name
 
 
@@ -180,7 +183,7 @@ def token_relevance_html(tokens: Sequence[str], relevance: Sequence[float] | Ten
     largest = max((abs(value) for value in values), default=0.0) or 1.0
     spans = []
     for token, value in zip(tokens, values, strict=True):
-        faded = round(255 * (1 - 0.8 * abs(value) / largest))
+        faded = round(255 * (1 - 0.6 * abs(value) / largest))  # black text stays readable on it
         colour = f"rgb(255,{faded},{faded})" if value >= 0 else f"rgb({faded},{faded},255)"
         spans.append(f'<span style="background:{colour};color:black" title="{value:+.3g}">{html.escape(token)}</span>')
     return f'<div style="font-family:monospace;white-space:pre-wrap;line-height:1.8">{"".join(spans)}</div>'

@@ -23,7 +23,10 @@ from agcl.plots import (
         ("layers.5.mlp.up_proj.weight", "layer 05", "up_proj"),
         ("5.up_proj.weight", "layer 05", "up_proj"),
         ("transformer.wpe.weight", "wpe", "wpe"),
-        ("base_model.model.model.layers.0.mlp.up_proj.lora_A.default.weight", "layer 00", "lora_A"),
+        ("transformer.h.0.attn.c_proj.weight", "layer 00", "attn.c_proj"),
+        ("transformer.h.0.mlp.c_proj.weight", "layer 00", "mlp.c_proj"),
+        ("base_model.model.model.layers.0.mlp.up_proj.base_layer.weight", "layer 00", "up_proj"),
+        ("base_model.model.model.layers.0.mlp.up_proj.lora_A.default.weight", "layer 00", "up_proj.lora_A"),
     ],
 )
 def test_names_are_parsed(name, layer, kind):
@@ -144,7 +147,7 @@ def test_token_colours_and_escaping():
     text = token_relevance_html(["<b>", " a", "c"], torch.tensor([2.0, -1.0, 0.0]))
     assert "&lt;b&gt;" in text
     assert "<b>" not in text
-    assert "rgb(255,51,51)" in text  # the largest: strong red
-    assert "rgb(153,153,255)" in text  # half as large and negative: light blue
+    assert "rgb(255,102,102)" in text  # the largest: strong red
+    assert "rgb(178,178,255)" in text  # half as large and negative: light blue
     assert "rgb(255,255,255)" in text
     assert token_relevance_html(["x"], [0.0])
