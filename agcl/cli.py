@@ -1,7 +1,9 @@
 """Command line: ``agcl fit --config ...`` is LightningCLI with the continual loop's settings filled in."""
 
 import sys
+import zipfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,13 +31,32 @@ class AgclCLI(LightningCLI):
         parser.set_defaults({"trainer.reload_dataloaders_every_n_epochs": 1, "trainer.num_sanity_val_steps": -1})
 
     def before_instantiate_classes(self) -> None:
-        """Choose the precision where none is given."""
-        trainer = self.config[self.subcommand].trainer if self.subcommand else self.config.trainer
+        """Check the checkpoint's file; choose precision and progress bar where none is given."""
+        config = self.config[self.subcommand] if self.subcommand else self.config
+        _check_checkpoint_file(config.get("ckpt_path"))
+        trainer = config.trainer
+        configured = [callback.class_path for callback in trainer.callbacks or []]
+        if trainer.enable_progress_bar is False or any(path.endswith("ProgressBar") for path in configured):
+            defaults = self.trainer_defaults["callbacks"]
+            self.trainer_defaults["callbacks"] = [c for c in defaults if not isinstance(c, TaskProgressBar)]
         if trainer.precision is None:
-            trainer.precision = choose_precision()
+            trainer.precision = choose_precision(trainer.accelerator)
             rank_zero_info(
                 f"Precision: {trainer.precision}, the faster one on this machine (set trainer.precision to change it)."
             )
+
+    def _parse_ckpt_path(self) -> None:
+        """Leave the configuration as given: a checkpoint of another model is to be refused, not trained silently."""
+
+
+def _check_checkpoint_file(path: str | None) -> None:
+    """Refuse, before anything is loaded, a checkpoint that is not there or not whole."""
+    if path is None or path in ("last", "best", "hpc"):
+        return
+    if not Path(path).exists():
+        raise AgclError(f"The checkpoint {path} does not exist.")
+    if Path(path).is_file() and not zipfile.is_zipfile(path):
+        raise AgclError(f"{path} is not a checkpoint, or not a whole one: take an earlier one.")
 
 
 def _total_epochs(tasks: Sequence[Any]) -> int:
@@ -43,13 +64,13 @@ def _total_epochs(tasks: Sequence[Any]) -> int:
     return sum(getattr(task, "init_args", task).epochs for task in tasks)
 
 
-def choose_precision() -> str:
+def choose_precision(accelerator: str = "auto") -> str:
     """``bf16-mixed`` where the hardware multiplies bfloat16 matrices, else ``32-true``.
 
     A CPU without such instructions (AVX512-BF16, AMX) emulates them several times slower than float32.
     """
-    if torch.cuda.is_available():
-        return "bf16-mixed" if torch.cuda.is_bf16_supported() else "32-true"
+    if accelerator != "cpu" and torch.cuda.is_available():
+        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
     capabilities = torch.cpu.get_capabilities()
     return "bf16-mixed" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "32-true"
 
@@ -65,8 +86,9 @@ def main(args: Sequence[str] | None = None) -> None:
             trainer_defaults={"callbacks": [TaskProgressBar(), ContinualReport(), ContinualMonitor()]},
             parser_kwargs={"prog": "agcl", "fit": {"prog": "agcl fit"}},
         )
-    except ValueError as error:
-        user_error = _user_error(error)
+    except (ValueError, OSError) as error:
+        # What the operating system says (no space left, permission denied) names its file already.
+        user_error = error if isinstance(error, OSError) else _user_error(error)
         if user_error is None:
             raise
         sys.exit(f"agcl: error: {user_error}")

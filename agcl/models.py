@@ -88,7 +88,7 @@ def load_config(model_name_or_path: str, *, gguf_file: str | None = None, trust_
     path = resolve_model(model_name_or_path)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **_gguf(gguf_file))
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # transformers, safetensors and gguf raise many types for files that are not right
         raise _unloadable("model", model_name_or_path, error) from error
     if config.is_encoder_decoder:
         raise AgclError(
@@ -127,7 +127,7 @@ def load_model(
             trust_remote_code=trust_remote_code,
             **_gguf(gguf_file),
         )
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # transformers, safetensors and gguf raise many types for files that are not right
         raise _unloadable("model", model_name_or_path, error) from error
     quantizer = getattr(model, "hf_quantizer", None)
     if gguf_file is not None and quantizer is not None:
@@ -147,7 +147,7 @@ def load_tokenizer(
     path = resolve_model(model_name_or_path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, **_gguf(gguf_file))
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # transformers, safetensors and gguf raise many types for files that are not right
         raise _unloadable("tokenizer", model_name_or_path, error) from error
     if tokenizer.eos_token_id is None:
         raise AgclError(f"The tokenizer of `{model_name_or_path}` has no end-of-sequence token to close answers with.")

@@ -1,5 +1,6 @@
 """The LightningModule that learns one task after another and scores all of them at each task boundary."""
 
+import math
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -82,11 +83,12 @@ class ContinualLM(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Prepare the score matrices: one for scores, one for losses, and two for each kind of probe."""
-        if self.trainer.state.fn != TrainerFn.FITTING or self.score_matrices:
+        if self.trainer.state.fn != TrainerFn.FITTING:
             return
         probes = dict.fromkeys(probe for _, probe in self._data.evaluations)
         names = [matrix_name(kind, probe) for probe in probes for kind in (SCORE, NLL)]
-        self.score_matrices = {name: ScoreMatrix(len(self.tasks)) for name in names}
+        # Every rank enters scores that were synchronised already.
+        self.score_matrices = {name: ScoreMatrix(len(self.tasks), sync_on_compute=False) for name in names}
         self._transfer = [transfer_metrics(len(self.tasks))]
 
     def configure_model(self) -> None:
@@ -107,7 +109,11 @@ class ContinualLM(LightningModule):
         if self.adapter is not None:
             if self.gradient_checkpointing:
                 model.enable_input_require_grads()
-            model = get_peft_model(model, get_peft_config({"task_type": "CAUSAL_LM", **self.adapter}))
+            try:
+                model = get_peft_model(model, get_peft_config({"task_type": "CAUSAL_LM", **self.adapter}))
+            except Exception as error:  # PEFT raises KeyError, TypeError, ValueError and its own
+                reason = " ".join(str(error).split())[:300]
+                raise AgclError(f"`adapter` {self.adapter} is no usable PEFT configuration: {reason}") from error
         self.model = model.train()
 
     def configure_optimizers(self) -> Any:
@@ -171,8 +177,9 @@ class ContinualLM(LightningModule):
         optimizer.load_state_dict(optimizer_state)
         scheduler.load_state_dict(scheduler_state)  # type: ignore[union-attr]
         if isinstance(scheduler, WarmupDecay):
-            batches = int(self.trainer.num_training_batches) * self.tasks[self.task_index].epochs
-            scheduler.start(max(1, batches // self.trainer.accumulate_grad_batches))
+            # The last batch of an epoch always ends in a step, also where it does not fill an accumulation.
+            steps = math.ceil(int(self.trainer.num_training_batches) / self.trainer.accumulate_grad_batches)
+            scheduler.start(steps * self.tasks[self.task_index].epochs)
 
     @property
     def task_index(self) -> int:
@@ -323,10 +330,10 @@ def transfer_metrics(num_tasks: int) -> MetricCollection:
     """The continual-learning metrics, over one shared score matrix."""
     return MetricCollection(
         {
-            "average_performance": AveragePerformance(num_tasks),
-            "backward_transfer": BackwardTransfer(num_tasks),
-            "forgetting": Forgetting(num_tasks),
-            "forward_transfer": ForwardTransfer(num_tasks),
-            "learning_accuracy": LearningAccuracy(num_tasks),
+            "average_performance": AveragePerformance(num_tasks, sync_on_compute=False),
+            "backward_transfer": BackwardTransfer(num_tasks, sync_on_compute=False),
+            "forgetting": Forgetting(num_tasks, sync_on_compute=False),
+            "forward_transfer": ForwardTransfer(num_tasks, sync_on_compute=False),
+            "learning_accuracy": LearningAccuracy(num_tasks, sync_on_compute=False),
         }
     )

@@ -55,6 +55,13 @@ def generate_answers(
     max_new_tokens: int,
 ) -> list[str]:
     """Greedy answers to prompts given as token ids, special tokens and surrounding white space removed."""
+    context = getattr(_base_model(model).config, "max_position_embeddings", None) if len(prompts) > 1 else None
+    if context is not None and max(map(len, prompts)) + max_new_tokens > context:
+        # Beside a long prompt a short one could not be given the room for its own answer.
+        return [
+            generate_answers(model, tokenizer, [prompt], min(max_new_tokens, context - len(prompt)))[0]
+            for prompt in prompts
+        ]
     rows = [{"input_ids": ids, "labels": ids, "label": -1, "answer": ""} for ids in prompts]
     batch = collate(rows, int(tokenizer.pad_token_id))
     input_ids = batch["input_ids"].to(model.device)
@@ -64,6 +71,10 @@ def generate_answers(
         generation_config=GenerationConfig(
             max_new_tokens=max_new_tokens,
             do_sample=False,
+            # What is left out here would come from the model's own generation settings.
+            num_beams=1,
+            repetition_penalty=1.0,
+            no_repeat_ngram_size=0,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         ),
@@ -140,7 +151,7 @@ class TaskScorer(nn.Module):
             hits = [float(given == wanted) for given, wanted in zip(answers, batch["answer"], strict=True)]
             self.score.update(torch.tensor(hits, device=targets.device))
         else:
-            labels = [label.strip() for label in self.task.labels or ()]
+            labels = [self.task.label_answer(label).strip() for label in self.task.labels or ()]
             given = [labels.index(answer) if answer in labels else len(labels) for answer in answers]
             self.score.update(torch.tensor(given, device=targets.device), batch["label"])
 

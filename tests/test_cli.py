@@ -69,6 +69,12 @@ BAD = [
     ({"model__model_name_or_path": "/nowhere"}, "could be loaded from `/nowhere`"),
     ({"model__model_name_or_path": "builtin:nothing"}, "There is no built-in model `nothing`"),
     ({"trainer__callbacks__0__init_args__strength": -1.0}, "strength"),
+    ({"ckpt_path": "/nowhere.ckpt"}, "The checkpoint /nowhere.ckpt does not exist"),
+    ({"ckpt_path": __file__}, "is not a checkpoint, or not a whole one"),
+    (
+        {"model__adapter": {"peft_type": "NOTHING"}},
+        "`adapter` {'peft_type': 'NOTHING'} is no usable PEFT configuration",
+    ),
 ]
 
 
@@ -84,6 +90,16 @@ def test_bad_input_is_one_line_and_nothing_is_written(
     assert message in text
     assert not list(tmp_path.glob("run/*/scores.json"))
     assert not list(tmp_path.glob("run/*/importance"))
+
+
+def test_checkpoint_of_another_model_is_refused(llama_folder, gpt2_folder, task_files, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["agcl"])
+    path = write_config(llama_folder, task_files, tmp_path, trainer__enable_checkpointing=True, trainer__callbacks=[])
+    main(["fit", "--config", str(path), "--trainer.enable_progress_bar", "false"])
+    checkpoint = next(tmp_path.rglob("*.ckpt"))
+    path = write_config(gpt2_folder, task_files, tmp_path)
+    with pytest.raises(SystemExit, match="agcl: error: The checkpoint is of another model: `model"):
+        main(["fit", "--config", str(path), "--ckpt_path", str(checkpoint)])
 
 
 def test_unsupported_architecture_is_refused_before_training(task_files, tmp_path, monkeypatch):

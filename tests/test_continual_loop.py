@@ -76,6 +76,25 @@ def test_schedule_counts_optimizer_steps_under_accumulation(llama_folder, task_f
     assert first_task == pytest.approx([0.02, 0.02, 0.02 * 2 / 3, 0.02 * 2 / 3, 0.02 / 3, 0.02 / 3])
 
 
+def test_schedule_counts_the_step_at_each_epochs_end(llama_folder, task_files, tmp_path):
+    # Four batches of one row, accumulated by three: two steps an epoch, the second one from a single batch.
+    model, data = build(llama_folder, task_files, batch_size=1, lr_scheduler=partial(WarmupDecay, warmup=0.0))
+    recorder = Recorder()
+    trainer = trainer_for(data, tmp_path, [recorder], accumulate_grad_batches=3)
+    trainer.fit(model, datamodule=data)
+    assert trainer.global_step == 3 * 2 * EPOCHS
+    last_of_first_task = recorder.steps[4 * EPOCHS - 1][2]
+    assert last_of_first_task == pytest.approx(0.02 / (2 * EPOCHS))
+
+
+def test_fitting_again_starts_a_new_score_matrix(llama_folder, task_files, tmp_path):
+    model, data = build(llama_folder, task_files)
+    trainer_for(data, tmp_path).fit(model, datamodule=data)
+    first = model.score_matrices["nll"].compute()
+    trainer_for(data, tmp_path).fit(model, datamodule=data)
+    assert torch.equal(model.score_matrices["nll"].compute()[0], first[3])
+
+
 def test_all_tasks_and_probes_are_scored_before_and_after_each_task(llama_folder, task_files, tmp_path):
     options = {"probes": {"first": Probe(split="train[:1]")}}
     model, data = build(llama_folder, task_files, task_options=options)
@@ -180,6 +199,28 @@ def test_resumed_run_equals_the_straight_one(
     assert (resumed_dir / "scores.csv").read_bytes() == (straight_dir / "scores.csv").read_bytes()
 
 
+def test_resuming_after_a_task_without_importance(llama_folder, task_files, tmp_path, monkeypatch):
+    """Nothing is answered correctly at the first boundary; resuming inside task 2 must not make up for it."""
+    from agcl.callbacks import attribution as module
+
+    original = module.attribute_sample
+    correct = {"now": False}
+
+    def attribute_sample(*args, only_correct, **kwargs):
+        return original(*args, only_correct=False, **kwargs) if correct["now"] or not only_correct else False
+
+    monkeypatch.setattr(module, "attribute_sample", attribute_sample)
+    model, data = build(llama_folder, task_files)
+    callbacks = [attribution(), CrashAt(8), checkpoints(tmp_path, 1)]
+    with pytest.raises(CrashError):
+        trainer_for(data, tmp_path, callbacks, enable_checkpointing=True).fit(model, datamodule=data)
+    correct["now"] = True
+    model, data = build(llama_folder, task_files)
+    callback = attribution()
+    trainer_for(data, tmp_path, [callback]).fit(model, datamodule=data, ckpt_path=tmp_path / "checkpoints/step=7.ckpt")
+    assert list(callback.files) == ["task1", "task2"]
+
+
 def test_checkpoint_of_another_model_is_refused(llama_folder, gpt2_folder, task_files, tmp_path):
     model, data = build(llama_folder, task_files)
     trainer = trainer_for(data, tmp_path, [checkpoints(tmp_path)], enable_checkpointing=True, max_epochs=3 * EPOCHS)
@@ -246,6 +287,10 @@ def test_gradient_checkpointing_changes_nothing(llama_folder, task_files, tmp_pa
 
 
 def test_wrong_trainer_settings_are_refused(llama_folder, task_files, tmp_path):
+    for name, value in (("val_check_interval", 0.5), ("limit_val_batches", 0)):
+        model, data = build(llama_folder, task_files)
+        with pytest.raises(AgclError, match=r"leave the Trainer's `val_check_interval` at 1.0"):
+            trainer_for(data, tmp_path, **{name: value}).fit(model, datamodule=data)
     for name, value in (("max_epochs", 2), ("reload_dataloaders_every_n_epochs", 0), ("num_sanity_val_steps", 0)):
         model, data = build(llama_folder, task_files)
         with pytest.raises(AgclError, match=rf"The Trainer's `{name}` is .*trainer_arguments"):

@@ -2,7 +2,7 @@ import pytest
 import torch
 from conftest import character_tokenizer, tiny_config
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from agcl.data.tasks import Task, collate
 from agcl.scoring import TaskScorer, answer_logits, generate_answers, rank_labels, token_nll
@@ -82,6 +82,7 @@ class Parrot(nn.Module):
         super().__init__()
         self.answer = answer
         self.device = torch.device("cpu")
+        self.config = PreTrainedConfig()
 
     def generate(self, input_ids, attention_mask, generation_config):
         ids = character_tokenizer()(self.answer)["input_ids"]
@@ -89,6 +90,20 @@ class Parrot(nn.Module):
 
     def forward(self, input_ids, attention_mask, use_cache):
         return type("Output", (), {"logits": torch.zeros(*input_ids.shape, 70)})()
+
+
+def test_long_prompts_leave_short_ones_their_room(model):
+    prompts = [row("x" * 60, "")["input_ids"][:-1], row("cat?", "")["input_ids"][:-1]]  # the context has 64 tokens
+    together = generate_answers(model, character_tokenizer(), prompts, max_new_tokens=8)
+    assert together[0] == generate_answers(model, character_tokenizer(), prompts[:1], max_new_tokens=4)[0]
+    assert together[1] == generate_answers(model, character_tokenizer(), prompts[1:], max_new_tokens=8)[0]
+
+
+def test_label_accuracy_knows_the_whole_answer_template():
+    task = Task(name="t", source="x", answer=" it {y}", metric="label_accuracy", labels=["a", "b"])
+    scorer = TaskScorer(task, [], 6)
+    scorer.update(Parrot(" it a"), character_tokenizer(), collate([row("cat?", " it a", 0)], 1))
+    assert scorer.compute()["score"] == 1.0
 
 
 @pytest.mark.parametrize(("answer", "expected"), [(" a", 0.5), (" b", 0.25), (" z", 0.0)])

@@ -87,6 +87,8 @@ class AttributionCallback(Callback):
         """Running maximum over the tasks learned: parameter name -> uint8 fixed point (value / 255)."""
         self.files: dict[str, str] = {}
         """Task name -> file with that task's own importance."""
+        self.num_boundaries = 0
+        """Number of task boundaries passed, those included where nothing was answered correctly."""
         self._attached: GradientGate | UpdateGate | None = None
 
     # --------------------------------------------------------------- life cycle
@@ -119,8 +121,9 @@ class AttributionCallback(Callback):
 
     def _pass_boundary(self, trainer: Trainer, pl_module: Any, index: int) -> None:
         # On resuming, Lightning may run an epoch's end again, or never have run it: what is there is kept.
-        if pl_module.tasks[index].name not in self.files:
+        if self.num_boundaries <= index:
             self._learn_importance(trainer, pl_module, index)
+            self.num_boundaries = index + 1
         if self.importance:
             self._attach_gate(trainer, pl_module)
 
@@ -133,12 +136,17 @@ class AttributionCallback(Callback):
         self._detach_gate()
 
     def state_dict(self) -> dict[str, Any]:
-        """Merged importance (uint8) and the tasks' files: what resuming needs."""
-        return {"importance": dict(self.importance), "files": dict(self.files)}
+        """Merged importance (uint8), task counter and the tasks' files: what resuming needs."""
+        return {
+            "importance": dict(self.importance),
+            "num_boundaries": self.num_boundaries,
+            "files": dict(self.files),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` gave."""
         self.importance = dict(state_dict["importance"])
+        self.num_boundaries = state_dict["num_boundaries"]
         self.files = dict(state_dict["files"])
 
     # --------------------------------------------------------------- importance

@@ -14,7 +14,6 @@ import lightning
 import torch
 import transformers
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
@@ -66,12 +65,15 @@ class ContinualReport(Callback):
     def _write(self, trainer: Trainer, pl_module: Any) -> None:
         results = collect_results(trainer, pl_module)  # on all ranks: metrics are synchronised
         results["wall_seconds"] = round(self._wall_seconds(), 1)
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # on all ranks too: it is broadcast
         if trainer.is_global_zero:
-            write_results(Path(trainer.log_dir or trainer.default_root_dir), results)
+            write_results(folder, results)
 
-    @rank_zero_only
     def _finish(self, trainer: Trainer, pl_module: Any) -> None:
         folder = Path(trainer.log_dir or trainer.default_root_dir)
+        results = collect_results(trainer, pl_module)
+        if not trainer.is_global_zero:
+            return
         if self.save_model and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             partial = folder / "model.partial"
             shutil.rmtree(partial, ignore_errors=True)
@@ -79,7 +81,7 @@ class ContinualReport(Callback):
             shutil.rmtree(folder / "model", ignore_errors=True)
             partial.replace(folder / "model")
         console = Console()
-        for table in result_tables(collect_results(trainer, pl_module)):
+        for table in result_tables(results):
             console.print(table)
         console.print(f"Everything is in {folder}")
 

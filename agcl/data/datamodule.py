@@ -127,6 +127,11 @@ class ContinualDataModule(LightningDataModule):
         trainer = self.trainer
         if trainer.fast_dev_run:  # type: ignore[union-attr]
             return
+        if trainer.val_check_interval != 1.0 or trainer.limit_val_batches == 0:  # type: ignore[union-attr]
+            raise AgclError(
+                "Tasks are scored at their end, on all rows: leave the Trainer's `val_check_interval` at 1.0 and give "
+                "`limit_val_batches` a value above 0."
+            )
         for name, wanted in self.trainer_arguments().items():
             value = getattr(trainer, name)
             if wanted == -1:  # the Trainer keeps "all" as infinity
@@ -150,9 +155,7 @@ class ContinualDataModule(LightningDataModule):
     def label_candidates(self, task_index: int) -> list[list[int]]:
         """Token ids of a task's labels as answers; empty where it declares none."""
         task: Task = self.tasks[task_index]
-        column = task.answer[task.answer.find("{") :]
-        prefix, suffix = task.answer.split("{", 1)[0], column.split("}", 1)[1]
-        return [self.encoder.encode_answer(f"{prefix}{label}{suffix}") for label in task.labels or ()]
+        return [self.encoder.encode_answer(task.label_answer(label)) for label in task.labels or ()]
 
     def training_rows(self, task_index: int) -> Dataset:
         """Encoded training rows of a task (columns as :meth:`AnswerEncoder.encode_rows` gives them)."""

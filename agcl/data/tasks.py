@@ -80,8 +80,26 @@ class Task:
             raise AgclError(f"Task `{self.name}`: `epochs` is {self.epochs}; give at least 1.")
         if self.metric.startswith("label") and not self.labels:
             raise AgclError(f"Task `{self.name}`: metric `{self.metric}` needs `labels`, the list of possible answers.")
+        prompts = [self.prompt, *(probe.prompt for probe in self.probes.values() if probe.prompt is not None)]
+        for option, template in [("answer", self.answer), *(("prompt", prompt) for prompt in prompts)]:
+            self._check_template(option, template)
         if self.labels is not None and len(template_columns(self.answer)) != 1:
             raise AgclError(f"Task `{self.name}`: with `labels`, `answer` must hold exactly one {{column}}.")
+
+    def _check_template(self, option: str, template: str) -> None:
+        try:
+            is_usable = all(name and name.isidentifier() for name in _fields(template)) and template_columns(template)
+        except ValueError:  # unbalanced braces
+            is_usable = False
+        if not is_usable:
+            raise AgclError(
+                f"Task `{self.name}`: `{option}` is {template!r}; it must hold at least one {{column}} by its plain "
+                "name. Write {{ and }} for braces as such."
+            )
+
+    def label_answer(self, label: str) -> str:
+        """The answer that a row with this label has."""
+        return self.answer.format(**{template_columns(self.answer)[0]: label})
 
     def evaluations(self) -> Iterator[tuple[str | None, Probe]]:
         """Yield what the task is scored on: ``(None, test rows)`` first, then each probe with its name."""
@@ -142,7 +160,11 @@ class TaskSequence(Sequence[Task]):
 
 def template_columns(template: str) -> list[str]:
     """Names of the columns that a ``{column}`` template refers to."""
-    return [name for _, name, _, _ in string.Formatter().parse(template) if name]
+    return [name for name in _fields(template) if name]
+
+
+def _fields(template: str) -> list[str]:
+    return [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
 
 
 def load_rows(task: Task, split: str, columns: Sequence[str]) -> Dataset:

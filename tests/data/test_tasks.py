@@ -136,11 +136,20 @@ def test_bad_data_is_refused_by_name(tmp_path, rows, options, message):
         ({"epochs": 0}, r"Task `t`: `epochs` is 0"),
         ({"metric": "label_ranking"}, r"Task `t`: metric `label_ranking` needs `labels`"),
         ({"labels": ["a"], "answer": "{x}{y}"}, r"Task `t`: with `labels`, `answer` must hold exactly one"),
+        ({"prompt": "{prompt"}, r"Task `t`: `prompt` is '\{prompt'; it must hold at least one \{column\}"),
+        ({"prompt": "{}"}, r"Task `t`: `prompt` is '\{\}'"),
+        ({"answer": " yes"}, r"Task `t`: `answer` is ' yes'"),
+        ({"probes": {"p": Probe(prompt="}")}}, r"Task `t`: `prompt` is '\}'"),
     ],
 )
 def test_bad_declarations_are_refused_by_name(options, message):
     with pytest.raises(AgclError, match=message):
         Task(**{"name": "t", "source": "x", **options})
+
+
+def test_label_answers_are_rendered_like_rows():
+    task = Task(name="t", source="x", answer=' {{"a": "{y}"}}.', metric="label_ranking", labels=["yes", "no"])
+    assert task.label_answer("no") == ' {"a": "no"}.'
 
 
 def test_duplicate_names_are_refused():
