@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from datasets import Dataset
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch.utils.data import DataLoader
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
@@ -179,11 +180,16 @@ class ContinualDataModule(LightningDataModule):
         )
 
     def val_dataloader(self) -> list[DataLoader]:
-        """One loader for each task's test rows and each of its probes, in the order of :attr:`evaluations`."""
+        """One loader for each task's test rows and each of its probes, in the order of :attr:`evaluations`.
+
+        Over several processes each row is scored once: the usual sampler would repeat some to make the shares equal.
+        """
+        world_size = 1 if self.trainer is None else self.trainer.world_size
         return [
             DataLoader(
                 rows,
                 batch_size=self.eval_batch_size,
+                sampler=UnrepeatedDistributedSampler(rows, shuffle=False) if 1 < world_size <= len(rows) else None,
                 collate_fn=partial(collate, pad_token_id=self.tokenizer.pad_token_id),
                 num_workers=self.num_workers,
                 generator=torch.Generator(),
