@@ -48,8 +48,9 @@ class ContinualReport(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Write and print the final results; save the model."""
-        self._write(trainer, pl_module)
-        self._finish(trainer, pl_module)
+        folder, results = self._write(trainer, pl_module)
+        if trainer.is_global_zero:
+            self._finish(trainer, pl_module, folder, results)
 
     def state_dict(self) -> dict[str, float]:
         """Wall time so far, in seconds, so that a resumed run reports the sum."""
@@ -62,18 +63,15 @@ class ContinualReport(Callback):
     def _wall_seconds(self) -> float:
         return self._seconds_before + time.monotonic() - self._start
 
-    def _write(self, trainer: Trainer, pl_module: Any) -> None:
+    def _write(self, trainer: Trainer, pl_module: Any) -> tuple[Path, dict[str, Any]]:
         results = collect_results(trainer, pl_module)  # on all ranks: metrics are synchronised
         results["wall_seconds"] = round(self._wall_seconds(), 1)
         folder = Path(trainer.log_dir or trainer.default_root_dir)  # on all ranks too: it is broadcast
         if trainer.is_global_zero:
             write_results(folder, results)
+        return folder, results
 
-    def _finish(self, trainer: Trainer, pl_module: Any) -> None:
-        folder = Path(trainer.log_dir or trainer.default_root_dir)
-        results = collect_results(trainer, pl_module)
-        if not trainer.is_global_zero:
-            return
+    def _finish(self, trainer: Trainer, pl_module: Any, folder: Path, results: dict[str, Any]) -> None:
         if self.save_model and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             partial = folder / "model.partial"
             shutil.rmtree(partial, ignore_errors=True)
