@@ -1,230 +1,262 @@
-"""A second, slow derivation of the rules: relevance carried explicitly, layer by layer, from the published definitions.
+"""Relevance of whole decoders, carried explicitly: each family is a declaration of which steps it is made of."""
 
-No autograd and no model code: activations are computed from the weights by hand, then relevance goes back through each
-step in the ratio form ``R_i = (contribution of i) / (sum of contributions) * R_o``. Float64, one sample.
-"""
-
-from collections import defaultdict
+from dataclasses import dataclass, replace
 
 import torch
+from reference_steps import Steps, chain, residual, rotary_maps, soft_cap, split
 from torch import Tensor
 
 
-def share(relevance: Tensor, value: Tensor) -> Tensor:
-    """R / z, and 0 where nothing arrived."""
-    return torch.where(relevance == 0, 0.0, relevance / torch.where(relevance == 0, 1.0, value))
+@dataclass(frozen=True)
+class Family:
+    """What a family is made of, in the names of its parameters; figures come from the config."""
+
+    body: str = "model"
+    layers: str = "layers"
+    embedding: str = "embed_tokens"
+    positions: str | None = None
+    position_offset: int = 0
+    norm: str = "rms"  # or "layer", or "rms + 1": weights are stored minus one
+    norms: tuple[str, str] = ("input_layernorm", "post_attention_layernorm")
+    post_norms: tuple[str, str] | None = None
+    final_norm: str = "norm"
+    qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")  # one name: fused
+    qkv_by_head: bool = False
+    qk_norms: tuple[str, str] | None = None
+    out: str = "self_attn.o_proj"
+    rotary: bool = True
+    mlp: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")  # (gate_up, down) if fused; or two maps
+    gated: bool = True
+    activation: str = "silu"
+    experts: bool = False
+    transposed: bool = False
+    scaled_embedding: bool = False
 
 
-class Explicit:
-    """Collects the relevance of parameters by name; tied uses add up."""
+_GEMMA = Family(
+    norm="rms + 1",
+    norms=("input_layernorm", "pre_feedforward_layernorm"),
+    post_norms=("post_attention_layernorm", "post_feedforward_layernorm"),
+    activation="gelu_tanh",
+    scaled_embedding=True,
+)
+_QK_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
+_PLAIN = Family(norm="layer", gated=False)
 
-    def __init__(self, model, rule):
-        self.p = {name: parameter.detach() for name, parameter in model.named_parameters()}
-        self.config = model.config
-        self.cplrp = rule == "cplrp"
-        self.relevance = defaultdict(float)
-
-    def linear(self, x, relevance, weight_name, bias_name=None, transposed=False):
-        weight = self.p[weight_name].T if transposed else self.p[weight_name]  # (out, in)
-        contributions = torch.einsum("oi,ti->toi", weight, x)
-        z = contributions.sum(-1) + (self.p[bias_name] if bias_name else 0.0)
-        ratio = share(relevance, z)
-        to_weight = torch.einsum("toi,to->oi", contributions, ratio)
-        self.relevance[weight_name] = self.relevance[weight_name] + (to_weight.T if transposed else to_weight)
-        if bias_name:
-            self.relevance[bias_name] = self.relevance[bias_name] + (self.p[bias_name] * ratio).sum(0)
-        return torch.einsum("toi,to->ti", contributions, ratio)
-
-    def residual(self, a, b, relevance):
-        ratio = share(relevance, a + b)
-        return a * ratio, b * ratio
-
-    def rms_norm(self, relevance, weight_name):
-        # y = w * c * x with c constant: x and w are each the only input of an element-wise linear map.
-        self.relevance[weight_name] = self.relevance[weight_name] + relevance.sum(0)
-        return relevance
-
-    def layer_norm(self, x, relevance, name, eps):
-        width = x.shape[-1]
-        centring = torch.eye(width, dtype=x.dtype) - 1 / width
-        weight, bias = self.p[name + ".weight"], self.p[name + ".bias"]
-        constant = 1 / torch.sqrt(x.var(-1, correction=0, keepdim=True) + eps)
-        contributions = weight[None, :, None] * constant[:, :, None] * centring[None] * x[:, None, :]
-        ratio = share(relevance, contributions.sum(-1) + bias)
-        self.relevance[name + ".weight"] = self.relevance[name + ".weight"] + (contributions.sum(-1) * ratio).sum(0)
-        self.relevance[name + ".bias"] = self.relevance[name + ".bias"] + (bias * ratio).sum(0)
-        return torch.einsum("toi,to->ti", contributions, ratio)
-
-    def attention(self, q, k, v, relevance):
-        """One head: o = softmax(q k / sqrt(d)) v, causal. Uniform rule at both products, Taylor at the softmax."""
-        scale = q.shape[-1] ** -0.5
-        terms = torch.einsum("td,jd->tjd", q, k) * scale
-        scores = terms.sum(-1)
-        causal = torch.ones_like(scores, dtype=torch.bool).tril()
-        weights = torch.where(causal, scores, -torch.inf).softmax(-1)
-        contributions = torch.einsum("tj,jd->tjd", weights, v)
-        passed = contributions * share(relevance, contributions.sum(1))[:, None, :]
-        if self.cplrp:
-            return torch.zeros_like(q), torch.zeros_like(k), passed.sum(0)
-        to_weights, to_v = passed.sum(-1) / 2, passed.sum(0) / 2
-        to_scores = torch.where(causal, scores * (to_weights - weights * to_weights.sum(-1, keepdim=True)), 0.0)
-        to_terms = terms * share(to_scores, scores)[:, :, None]
-        return to_terms.sum(1) / 2, to_terms.sum(0) / 2, to_v
-
-    def embedding(self, ids, relevance, name):
-        table = torch.zeros_like(self.p[name])
-        for position, token in enumerate(ids.tolist()):
-            table[token] += relevance[position]
-        self.relevance[name] = self.relevance[name] + table
+FAMILIES = {
+    "llama": Family(),
+    "mistral": Family(),
+    "qwen2": Family(),
+    "qwen3": Family(qk_norms=_QK_NORMS),
+    "gemma2": _GEMMA,
+    "gemma3_text": replace(_GEMMA, qk_norms=_QK_NORMS),
+    "phi3": Family(qkv=("self_attn.qkv_proj",), mlp=("mlp.gate_up_proj", "mlp.down_proj")),
+    "mixtral": Family(experts=True),
+    "qwen3_moe": Family(qk_norms=_QK_NORMS, experts=True),
+    "gpt2": replace(
+        _PLAIN,
+        body="transformer",
+        layers="h",
+        embedding="wte",
+        positions="wpe",
+        norms=("ln_1", "ln_2"),
+        final_norm="ln_f",
+        qkv=("attn.c_attn",),
+        out="attn.c_proj",
+        rotary=False,
+        mlp=("mlp.c_fc", "mlp.c_proj"),
+        activation="gelu_tanh",
+        transposed=True,
+    ),
+    "gpt_neox": replace(
+        _PLAIN,
+        body="gpt_neox",
+        embedding="embed_in",
+        final_norm="final_layer_norm",
+        qkv=("attention.query_key_value",),
+        qkv_by_head=True,
+        out="attention.dense",
+        mlp=("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
+        activation="gelu",
+    ),
+    "opt": replace(
+        _PLAIN,
+        body="model.decoder",
+        positions="embed_positions",
+        position_offset=2,
+        norms=("self_attn_layer_norm", "final_layer_norm"),
+        final_norm="final_layer_norm",
+        out="self_attn.out_proj",
+        rotary=False,
+        mlp=("fc1", "fc2"),
+        activation="relu",
+    ),
+}
 
 
-def start(logits, positions, targets):
-    """Relevance at the output: the target logits themselves."""
-    relevance = torch.zeros_like(logits)
-    for position, target in zip(positions.tolist(), targets.tolist(), strict=True):
-        relevance[position, target] += logits[position, target]
-    return relevance
+@dataclass
+class Reference:
+    """What came out: relevance of parameters by name, of the token embeddings and of each layer's input; the target."""
+
+    parameters: dict[str, Tensor]
+    tokens: Tensor
+    layer_inputs: list[Tensor]
+    target: Tensor
+    logits: Tensor
 
 
-def llama_relevance(model, ids, positions, targets, rule):
-    """(relevance of the embeddings, {parameter: relevance}, f) of a LlamaForCausalLM whose norms compute in float64."""
-    e = Explicit(model, rule)
-    config, seq = model.config, len(ids)
-    heads, groups, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    theta = config.rope_parameters["rope_theta"]
-    frequencies = 1.0 / (theta ** (torch.arange(0, d, 2, dtype=torch.float) / d))
-    angles = torch.arange(seq, dtype=torch.float)[:, None] * frequencies  # float32, as in the model
-    cos, sin = angles.cos().double(), angles.sin().double()
-    rotations = torch.stack([_rotation(cos[t], sin[t]) for t in range(seq)])  # (seq, out, in)
+def canonical(name: str) -> str:
+    """A parameter's name as it is without the wrappings of PEFT."""
+    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
 
-    def norm(x, name):
-        return e.p[name] * x / torch.sqrt(x.square().mean(-1, keepdim=True) + config.rms_norm_eps)
 
-    def split(x, count):
-        return x.view(seq, count, d).transpose(0, 1)
+def reference_relevance(model, ids, positions, targets, rule, *, lora_scale=1.0, **changes) -> Reference:
+    """Relevance of a causal language model for ``sum_k logits[positions[k], targets[k]]``; ``changes`` of figures."""
+    family = FAMILIES[model.config.model_type]
+    parameters = {canonical(name): value.detach().double() for name, value in model.named_parameters()}
+    steps = Steps(parameters, cplrp=rule == "cplrp", transposed=family.transposed, lora_scale=lora_scale)
+    config = {key: getattr(model.config, key, None) for key in _FIGURES} | changes
+    return _Decoder(family, config, steps, len(ids)).run(ids, positions, targets)
 
-    def join(x):
-        return x.transpose(0, 1).reshape(seq, -1)
 
-    x = e.p["model.embed_tokens.weight"][ids]
-    embedded, stack = x, []
-    for index in range(config.num_hidden_layers):
-        layer = f"model.layers.{index}."
-        normed = norm(x, layer + "input_layernorm.weight")
-        raw = {
-            n: split(normed @ e.p[f"{layer}self_attn.{n}_proj.weight"].T, heads if n == "q" else groups) for n in "qkv"
+_FIGURES = (
+    *("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"),
+    *("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "rope_parameters", "layer_types", "sliding_window"),
+    *("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping", "use_parallel_residual"),
+    *("num_experts_per_tok", "num_local_experts", "num_experts", "norm_topk_prob", "do_layer_norm_before"),
+)
+
+
+class _Decoder:
+    def __init__(self, family: Family, config: dict, steps: Steps, seq: int):
+        self.family, self.config, self.steps, self.seq = family, config, steps, seq
+        self.heads = config["num_attention_heads"]
+        self.groups = config["num_key_value_heads"] or self.heads
+        self.d = config["head_dim"] or config["hidden_size"] // self.heads
+
+    def norm(self, name):
+        epsilons = [self.config[key] for key in ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon")]
+        eps = next((value for value in epsilons if value is not None), 1e-5)
+        if self.family.norm == "layer":
+            return self.steps.layer_norm(name, eps)
+        return self.steps.rms_norm(name, eps, offset=float(self.family.norm == "rms + 1"))
+
+    def figure_of_layer(self, key, index):
+        kinds = self.config["layer_types"]
+        if key == "sliding_window":
+            return self.config[key] if kinds is None or kinds[index] == "sliding_attention" else None
+        figures = self.config[key]
+        return figures[kinds[index]] if kinds is not None and kinds[index] in figures else figures
+
+    def split_heads(self, fused):
+        """(tokens, all outputs) -> q, k, v of shapes (heads, tokens, d)."""
+        if self.family.qkv_by_head:
+            return fused.view(self.seq, self.heads, 3, self.d).permute(2, 1, 0, 3).unbind(0)
+        parts = fused.split([count * self.d for count in (self.heads, self.groups, self.groups)], -1)
+        return [part.reshape(self.seq, -1, self.d).transpose(0, 1) for part in parts]
+
+    def join_heads(self, q, k, v):
+        if self.family.qkv_by_head:
+            return torch.stack([q, k, v]).permute(2, 1, 0, 3).reshape(self.seq, -1)
+        return torch.cat([part.transpose(0, 1).reshape(self.seq, -1) for part in (q, k, v)], -1)
+
+    def turn(self, index, layer, which):
+        """What happens to queries (0) or keys (1) between projection and product: norm and rotation."""
+        family, parts = self.family, []
+        if family.qk_norms:
+            parts.append(self.norm(layer + family.qk_norms[which]))
+        if family.rotary:
+            rope = self.figure_of_layer("rope_parameters", index)
+            turned = int(self.d * rope.get("partial_rotary_factor", 1.0))
+            parts.append(self.steps.rotate(rotary_maps(self.seq, self.d, turned, rope["rope_theta"])))
+        return chain(*parts)
+
+    def mixing(self, index, layer):
+        config, repeats = self.config, self.heads // self.groups
+        options = {
+            "scale": (config["query_pre_attn_scalar"] or self.d) ** -0.5,
+            "window": self.figure_of_layer("sliding_window", index),
+            "cap": config["attn_logit_softcapping"],
         }
-        turned = {n: torch.einsum("toi,hti->hto", rotations, raw[n]) for n in "qk"}
-        per_head = {n: (turned | {"v": raw["v"]})[n] for n in "qkv"}
-        if heads != groups:
-            per_head |= {n: per_head[n].repeat_interleave(heads // groups, 0) for n in "kv"}
-        scores = per_head["q"] @ per_head["k"].transpose(1, 2) * d**-0.5
-        mask = torch.ones(seq, seq, dtype=torch.bool).tril()
-        mixed = join(scores.masked_fill(~mask, -torch.inf).softmax(-1) @ per_head["v"])
-        attended = mixed @ e.p[layer + "self_attn.o_proj.weight"].T
-        middle = x + attended
-        normed2 = norm(middle, layer + "post_attention_layernorm.weight")
-        gate, up = (normed2 @ e.p[f"{layer}mlp.{n}_proj.weight"].T for n in ("gate", "up"))
-        product = gate * torch.sigmoid(gate) * up
-        out = product @ e.p[layer + "mlp.down_proj.weight"].T
-        stack.append((layer, x, normed, raw, turned, per_head, mixed, attended, middle, normed2, product, out))
-        x = middle + out
-    final = norm(x, "model.norm.weight")
-    head = "lm_head.weight" if "lm_head.weight" in e.p else "model.embed_tokens.weight"
-    logits = final @ e.p[head].T
 
-    relevance = start(logits, positions, targets)
-    f = relevance.sum()
-    relevance = e.rms_norm(e.linear(final, relevance, head), "model.norm.weight")
-    for layer, x, normed, raw, turned, per_head, mixed, attended, middle, normed2, product, out in reversed(stack):
-        to_middle, to_out = e.residual(middle, out, relevance)
-        to_product = e.linear(product, to_out, layer + "mlp.down_proj.weight")
-        to_gate, to_up = (0 * to_product, to_product) if e.cplrp else (to_product / 2, to_product / 2)
-        to_normed2 = e.linear(normed2, to_up, layer + "mlp.up_proj.weight")
-        to_normed2 = to_normed2 + e.linear(normed2, to_gate, layer + "mlp.gate_proj.weight")
-        to_middle = to_middle + e.rms_norm(to_normed2, layer + "post_attention_layernorm.weight")
-        to_x, to_attended = e.residual(x, attended, to_middle)
-        to_mixed = split(e.linear(mixed, to_attended, layer + "self_attn.o_proj.weight"), heads)
-        back = [e.attention(per_head["q"][h], per_head["k"][h], per_head["v"][h], to_mixed[h]) for h in range(heads)]
-        to_heads = dict(zip("qkv", (torch.stack(part) for part in zip(*back, strict=True)), strict=True))
-        if heads != groups:
-            to_heads |= {n: to_heads[n].view(groups, heads // groups, seq, d).sum(1) for n in "kv"}
-        for n in "qk":  # the rotation is a linear map
-            ratio = share(to_heads[n], turned[n])
-            to_heads[n] = torch.einsum("toi,hti,hto->hti", rotations, raw[n], ratio)
-        to_normed = sum(e.linear(normed, join(to_heads[n]), f"{layer}self_attn.{n}_proj.weight") for n in "qkv")
-        relevance = to_x + e.rms_norm(to_normed, layer + "input_layernorm.weight")
-    e.embedding(ids, relevance, "model.embed_tokens.weight")
-    assert torch.equal(embedded, e.p["model.embed_tokens.weight"][ids])
-    return relevance, dict(e.relevance), f
+        def step(fused):
+            q, k, v = self.split_heads(fused)
+            (q, back_q), (k, back_k) = (self.turn(index, layer, n)(x) for n, x in enumerate((q, k)))
+            k, v = (x.repeat_interleave(repeats, 0) for x in (k, v))
+            mixed, back_mixed = self.steps.mixing(q, k, v, **options)
 
+            def back(relevance):
+                per_head = relevance.view(self.seq, self.heads, self.d).transpose(0, 1)
+                to_q, to_k, to_v = back_mixed(per_head)
+                to_k, to_v = (r.view(self.groups, repeats, self.seq, self.d).sum(1) for r in (to_k, to_v))
+                return self.join_heads(back_q(to_q), back_k(to_k), to_v)
 
-def _rotation(cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE at one position as a matrix (out, in)."""
-    return torch.cat([torch.cat([cos.diag(), -sin.diag()], 1), torch.cat([sin.diag(), cos.diag()], 1)], 0)
+            return mixed.transpose(0, 1).reshape(self.seq, -1), back
 
+        return step
 
-def gpt2_relevance(model, ids, positions, targets, rule):
-    """(relevance of the token embeddings, {parameter: relevance}, f) of a GPT2LMHeadModel."""
-    e = Explicit(model, rule)
-    config, seq = model.config, len(ids)
-    heads, eps = config.n_head, config.layer_norm_epsilon
-    d = config.n_embd // heads
+    def attention(self, index, layer):
+        project = self.steps.side_by_side(*(self.steps.linear(layer + name) for name in self.family.qkv))
+        return chain(project, self.mixing(index, layer), self.steps.linear(layer + self.family.out))
 
-    def norm(x, name):
-        centred = x - x.mean(-1, keepdim=True)
-        variance = centred.square().mean(-1, keepdim=True)
-        return e.p[name + ".weight"] * centred / torch.sqrt(variance + eps) + e.p[name + ".bias"]
+    def mlp(self, layer):
+        family, steps, config = self.family, self.steps, self.config
+        if family.experts:
 
-    def conv(x, name):
-        return x @ e.p[name + ".weight"] + e.p[name + ".bias"]
+            def expert(e):
+                up, down = (steps.matrix(f"{layer}mlp.experts.{n}_proj", e) for n in ("gate_up", "down"))
+                return chain(up, steps.gate(family.activation), down)
 
-    def split(x):
-        return x.view(seq, heads, d).transpose(0, 1)
+            # Mixtral has no switch for it: the chosen scores always add up to one
+            renormalised = config["norm_topk_prob"] in (None, True)
+            top = config["num_experts_per_tok"]
+            return steps.mixture(layer + "mlp.gate.weight", expert, top=top, renormalised=renormalised)
+        *first, last = (layer + name for name in family.mlp)
+        if not family.gated:
+            return steps.plain_mlp(*first, last, family.activation)
+        up = steps.side_by_side(*(steps.linear(name) for name in first))
+        return chain(up, steps.gate(family.activation), steps.linear(last))
 
-    def join(x):
-        return x.transpose(0, 1).reshape(seq, -1)
+    def layer(self, index):
+        name = f"{self.family.body}.{self.family.layers}.{index}."
+        blocks = [self.attention(index, name), self.mlp(name)]
+        norms = [self.norm(name + norm) for norm in self.family.norms]
+        if self.config["do_layer_norm_before"] is False:
+            return chain(residual(blocks[0]), norms[0], residual(blocks[1]), norms[1])
+        branches = [chain(norm, block) for norm, block in zip(norms, blocks, strict=True)]
+        if self.family.post_norms:
+            after = [self.norm(name + norm) for norm in self.family.post_norms]
+            branches = [chain(branch, norm) for branch, norm in zip(branches, after, strict=True)]
+        if self.config["use_parallel_residual"]:
+            return residual(*branches)
+        return chain(*(residual(branch) for branch in branches))
 
-    def back_conv(x, relevance, name):
-        return e.linear(x, relevance, name + ".weight", name + ".bias", transposed=True)
-
-    tokens, places = e.p["transformer.wte.weight"][ids], e.p["transformer.wpe.weight"][:seq]
-    x, stack = tokens + places, []
-    for index in range(config.n_layer):
-        layer = f"transformer.h.{index}."
-        normed = norm(x, layer + "ln_1")
-        q, k, v = (split(part) for part in conv(normed, layer + "attn.c_attn").split(config.n_embd, -1))
-        scores = q @ k.transpose(1, 2) * d**-0.5
-        mask = torch.ones(seq, seq, dtype=torch.bool).tril()
-        mixed = join(scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v)
-        attended = conv(mixed, layer + "attn.c_proj")
-        middle = x + attended
-        normed2 = norm(middle, layer + "ln_2")
-        hidden = conv(normed2, layer + "mlp.c_fc")
-        bent = 0.5 * hidden * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (hidden + 0.044715 * hidden**3)))
-        out = conv(bent, layer + "mlp.c_proj")
-        stack.append((layer, x, normed, q, k, v, mixed, attended, middle, normed2, bent, out))
-        x = middle + out
-    final = norm(x, "transformer.ln_f")
-    head = "lm_head.weight" if "lm_head.weight" in e.p else "transformer.wte.weight"
-    logits = final @ e.p[head].T
-
-    relevance = start(logits, positions, targets)
-    f = relevance.sum()
-    relevance = e.layer_norm(x, e.linear(final, relevance, head), "transformer.ln_f", eps)
-    for layer, x, normed, q, k, v, mixed, attended, middle, normed2, bent, out in reversed(stack):
-        to_middle, to_out = e.residual(middle, out, relevance)
-        to_bent = back_conv(bent, to_out, layer + "mlp.c_proj")  # identity rule: bent -> hidden
-        to_middle = to_middle + e.layer_norm(
-            middle, back_conv(normed2, to_bent, layer + "mlp.c_fc"), layer + "ln_2", eps
-        )
-        to_x, to_attended = e.residual(x, attended, to_middle)
-        to_mixed = split(back_conv(mixed, to_attended, layer + "attn.c_proj"))
-        back = [e.attention(q[h], k[h], v[h], to_mixed[h]) for h in range(heads)]
-        to_qkv = torch.cat([join(torch.stack(part)) for part in zip(*back, strict=True)], -1)
-        to_normed = back_conv(normed, to_qkv, layer + "attn.c_attn")
-        relevance = to_x + e.layer_norm(x, to_normed, layer + "ln_1", eps)
-    to_tokens, to_places = e.residual(tokens, places, relevance)
-    e.embedding(ids, to_tokens, "transformer.wte.weight")
-    e.embedding(torch.arange(seq), to_places, "transformer.wpe.weight")
-    return to_tokens, dict(e.relevance), f
+    def run(self, ids, positions, targets):
+        family, steps = self.family, self.steps
+        embedding, final = f"{family.body}.{family.embedding}.weight", f"{family.body}.{family.final_norm}"
+        factor = self.config["hidden_size"] ** 0.5 if family.scaled_embedding else 1.0
+        terms = [steps.p[embedding][ids] * factor]
+        places = torch.arange(self.seq) + family.position_offset
+        if family.positions:
+            terms.append(steps.p[f"{family.body}.{family.positions}.weight"][places])
+        x, backs = sum(terms), []
+        for index in range(self.config["num_hidden_layers"]):
+            x, back = self.layer(index)(x)
+            backs.append(back)
+        head = [self.norm(final)] if steps.has(final + ".weight") else []
+        head.append(steps.matrix("lm_head.weight" if steps.has("lm_head.weight") else embedding))
+        if self.config["final_logit_softcapping"]:
+            head.append(soft_cap(self.config["final_logit_softcapping"]))
+        logits, back = chain(*head)(x)
+        relevance = torch.zeros_like(logits)
+        relevance[positions, targets] = logits[positions, targets]
+        target, relevance = relevance.sum(), back(relevance)
+        layer_inputs = []
+        for back in reversed(backs):
+            relevance = back(relevance)
+            layer_inputs.insert(0, relevance)
+        to_tokens, *to_places = split(relevance, terms)
+        steps.relevance[embedding].index_add_(0, ids, to_tokens)
+        if family.positions:
+            steps.relevance[f"{family.body}.{family.positions}.weight"].index_add_(0, places, *to_places)
+        return Reference(steps.relevance, to_tokens, layer_inputs, target, logits)

@@ -1,10 +1,9 @@
-"""Parameter and token relevance against the explicit reference, conservation, refusals, nothing left behind."""
+"""Parameter and token relevance: conservation, adapters, dtypes, refusals, nothing left behind."""
 
 import weakref
 
 import pytest
 import torch
-from reference_lrp import gpt2_relevance, llama_relevance
 from tiny_decoders import IDS, POSITIONS, TARGETS, VOCAB, Snapshot, tiny_gpt2, tiny_llama
 from torch import nn
 
@@ -13,49 +12,6 @@ from agcl.errors import AgclError
 
 SAMPLE = {"positions": POSITIONS, "targets": TARGETS}
 RULES = ("attnlrp", "cplrp")
-
-
-def relative(a, b):
-    return float((a - b).abs().max() / b.abs().max().clamp(min=1e-300))
-
-
-def reference(model, rule):
-    explicit = gpt2_relevance if model.config.model_type == "gpt2" else llama_relevance
-    return explicit(model, IDS[0], POSITIONS, TARGETS, rule)
-
-
-MODELS = {
-    "llama": tiny_llama,
-    "llama untied, no groups": lambda: tiny_llama(seed=1, tied=False, key_value_heads=4),
-    "llama, one key head": lambda: tiny_llama(seed=2, key_value_heads=1),
-    "gpt2": tiny_gpt2,
-    "gpt2 eager": lambda: tiny_gpt2(seed=3, attention="eager"),
-}
-
-
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("name", MODELS)
-def test_agrees_with_the_explicit_reference(name, rule):
-    model = MODELS[name]()
-    to_tokens, to_parameters, _ = reference(model, rule)
-    found = parameter_relevance(model, IDS, rule=rule, **SAMPLE)
-    assert found.keys() == to_parameters.keys() == dict(model.named_parameters()).keys()
-    for key, expected in to_parameters.items():
-        if expected.abs().max() == 0:
-            assert found[key].abs().max() == 0, key
-        else:
-            assert relative(found[key], expected) < 1e-9, key
-    assert relative(token_relevance(model, IDS, rule=rule, **SAMPLE), to_tokens.sum(-1)) < 1e-9
-
-
-@pytest.mark.parametrize("rule", RULES)
-def test_embedding_relevance_agrees_entry_by_entry(rule):
-    model = tiny_llama()
-    embeds = model.model.embed_tokens(IDS).detach().requires_grad_()
-    with lrp_rules(model, rule):
-        logits = model(inputs_embeds=embeds, use_cache=False).logits
-    (gradient,) = torch.autograd.grad(logits[0, POSITIONS, TARGETS].sum(), embeds)
-    assert relative((embeds * gradient)[0].detach(), reference(model, rule)[0]) < 1e-9
 
 
 def test_cplrp_conserves_on_a_model_without_biases():
