@@ -44,6 +44,12 @@ def kind_of(parameter_name: str) -> str:
     return parts[-1] if parts else parameter_name
 
 
+def layer_order(layer: str) -> tuple[bool, int, str]:
+    """Sorting key of what :func:`layer_of` gives: layers by number, then everything else by name."""
+    number = re.fullmatch(r"layer (\d+)", layer)
+    return number is None, int(number[1]) if number else 0, layer
+
+
 def plot_importance_map(importance: Mapping[str, Tensor], title: str | None = None) -> tuple[Figure, Any]:
     """Heat map of mean importance by layer (rows) and kind of module (columns).
 
@@ -62,7 +68,7 @@ def plot_importance_map(importance: Mapping[str, Tensor], title: str | None = No
         cell = layer_of(name), kind_of(name)
         total, count = sums.get(cell, (0.0, 0))
         sums[cell] = total + _total(values), count + values.numel()
-    layers = sorted({layer for layer, _ in sums}, key=_row_order)
+    layers = sorted({layer for layer, _ in sums}, key=layer_order)
     outside = {kind for layer, kind in sums if not layer.startswith("layer ")}
     kinds = sorted({kind for _, kind in sums}, key=lambda kind: (kind in outside, kind))
     grid = [
@@ -86,7 +92,7 @@ def plot_plasticity(plasticity: Mapping[str, Mapping[str, float]], title: str | 
     Raises:
         AgclError: If there is no task or no layer.
     """
-    layers = sorted({layer for values in plasticity.values() for layer in values}, key=_row_order)
+    layers = sorted({layer for values in plasticity.values() for layer in values}, key=layer_order)
     grid = [[values.get(layer, math.nan) for values in plasticity.values()] for layer in layers]
     columns = [f"after {task}" for task in plasticity]
     return _by_layer(grid, layers, columns, title or "Remaining plasticity by layer", "mean plasticity", largest=1.0)
@@ -217,12 +223,6 @@ def _by_layer(
     ax.set_title(title, fontsize=10)
     figure.colorbar(image, ax=ax, label=label)
     return figure, ax
-
-
-def _row_order(layer: str) -> tuple[bool, int, str]:
-    """Layers by number, then everything else by name."""
-    number = re.fullmatch(r"layer (\d+)", layer)
-    return number is None, int(number[1]) if number else 0, layer
 
 
 def _total(values: Tensor) -> float:
