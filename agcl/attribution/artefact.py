@@ -112,7 +112,8 @@ class ImportanceFile(LazyImportance):
         handle, metadata = storage.open_safetensors(self.path)
         storage.check_format(self.path, metadata)
         if "shard" in metadata:
-            raise AgclError(f"{self.path} is shard {metadata['shard']} of an importance file; name the file's index.")
+            whole = self.path.with_name(storage.name_of_whole(self.path.name))
+            raise AgclError(f"{self.path} is shard {metadata['shard']} of an importance file; name {whole} instead.")
         self._handles = dict.fromkeys(handle.keys(), handle)
         return metadata, [self.path]
 

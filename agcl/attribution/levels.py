@@ -51,7 +51,7 @@ def quantise(values: Tensor, bits: Bits = 8) -> Tensor:
     for piece, out in chunks(values, levels):
         if not bool(((piece >= 0) & (piece <= 1)).all()):
             raise AgclError("Importance must lie in [0, 1]; a value outside, or not a number, cannot be stored.")
-        out.copy_(piece.double().mul_(MAX_LEVEL[bits]).round_())
+        out.copy_((piece.double() * MAX_LEVEL[bits]).round_())
     return levels
 
 

@@ -228,7 +228,7 @@ def _take_in(how: How, state: Tensor, levels: Tensor, bits: Bits) -> None:
         if how == "maximum":
             held.copy_(torch.maximum(held.to(torch.int32), piece.to(torch.int32).mul_(widening)))
         elif how == "mean":
-            held.copy_(held.to(torch.int64).add_(piece, alpha=widening))
+            held.copy_(held.to(torch.int64).add_(piece.to(torch.int64), alpha=widening))
         else:
             largest = MAX_LEVEL[own_bits]
             held.copy_(held.double().mul_(largest - piece.double()).div_(largest).round_())

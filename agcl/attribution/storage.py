@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -51,6 +52,16 @@ def file_names(path: Path, num_files: int) -> list[str]:
         return [path.name]
     stem = path.name.removesuffix(".safetensors")
     return [f"{stem}-{number:05d}-of-{num_files:05d}.safetensors" for number in range(1, num_files + 1)]
+
+
+def name_of_whole(shard: str) -> str:
+    """The name given to `file_names`, from a shard's.
+
+    Example:
+        >>> name_of_whole("welsh-00001-of-00003.safetensors")
+        'welsh.safetensors'
+    """
+    return re.sub(r"-\d{5}-of-\d{5}(?=\.safetensors$)", "", shard)
 
 
 def num_bytes(shape: Shape, bits: Bits) -> int:

@@ -51,12 +51,14 @@ def show(file: Path, *, figure: Path | None = None, overwrite: bool = False) -> 
             groups[group] = groups[group] + counts if group in groups else counts
     console = Console(highlight=False)
     console.print(str(importance.path), style="bold", soft_wrap=True)
-    console.print(_metadata_table(importance.metadata))
+    console.print(_metadata_table(importance))
     console.print(_size(importance), soft_wrap=True)
     if by_layer:
         total = torch.stack(list(by_layer.values())).sum(0)
-        console.print(_value_table("layer", {key: by_layer[key] for key in sorted(by_layer, key=layer_order)}, total))
-        console.print(_value_table("kind", dict(sorted(by_kind.items())), total))
+        layers = {layer: by_layer[layer] for layer in sorted(by_layer, key=layer_order)}
+        for table in (_value_table("layer", layers, total), _value_table("kind", dict(sorted(by_kind.items())), total)):
+            console.print()
+            console.print(table)
     _save_figure(console, figure, lambda: plot_importance_map(importance, importance.path.name)[0])
 
 
@@ -88,7 +90,8 @@ def merge(
             f"`{merged.partial[0]}`; in the others their importance counts as 0."
         )
     _note_differences(console, sources)
-    console.print(f"Merged {len(sources)} files by {how} into {output}: {_size(open_importance(output))}")
+    number = f"{len(sources)} files" if len(sources) > 1 else "1 file"
+    console.print(f"Merged {number} by {how} into {output}: {_size(open_importance(output))}", soft_wrap=True)
 
 
 def compare(
@@ -139,14 +142,16 @@ def _bytes(number: float) -> str:
     return f"{number:,.1f} TB"
 
 
-def _metadata_table(metadata: Mapping[str, str]) -> Table:
+def _metadata_table(importance: ImportanceFile) -> Table:
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
+    metadata = {**importance.metadata, "tasks": ", ".join(_tasks_of(importance))}
+    hidden = {*_OF_THE_FORMAT, "task" if "tasks" in importance.metadata else "tasks"}
     first = [key for key in (*_OF_THE_TASK, *_SETTINGS, "num_samples") if key in metadata]
-    others = sorted(metadata.keys() - set(first) - set(_OF_THE_FORMAT))
-    for key in (*first, *others):
-        table.add_row(key, Text(metadata[key]))
+    for key in dict.fromkeys((*first, *sorted(metadata))):
+        if key not in hidden:
+            table.add_row(key, Text(metadata[key]))
     by = f"agcl {metadata['agcl_version']}, " if "agcl_version" in metadata else ""
     table.add_row("written by", f"{by}format version {metadata['format_version']}")
     return table
@@ -154,7 +159,7 @@ def _metadata_table(metadata: Mapping[str, str]) -> Table:
 
 def _value_table(title: str, groups: Mapping[str, Tensor], total: Tensor) -> Table:
     """Number of weights, mean and shares from the histogram of each group's levels."""
-    table = Table(box=box.SIMPLE_HEAD, show_footer=True, pad_edge=False)
+    table = Table(box=box.SIMPLE, show_footer=True, show_edge=False)
     cells = {group: _value_cells(counts) for group, counts in {**groups, "all": total}.items()}
     footers = cells.pop("all") if "all" not in groups else _value_cells(total)
     table.add_column(title, "all", overflow="fold")
@@ -187,11 +192,12 @@ def _percent(share: float) -> str:
 
 def _pair_table(title: str, labels: Sequence[str], matrix: Tensor) -> Table:
     """Rows are labelled, columns numbered: labels are long, and terminals narrow."""
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=f"\n{title}", title_justify="left", title_style="bold", box=box.SIMPLE, show_edge=False)
     table.add_column("", justify="right", style="dim")
     table.add_column("", overflow="fold")
-    for number, (label, row) in enumerate(zip(labels, matrix.tolist(), strict=True), 1):
+    for number in range(1, len(labels) + 1):
         table.add_column(str(number), justify="right", no_wrap=True)
+    for number, (label, row) in enumerate(zip(labels, matrix.tolist(), strict=True), 1):
         table.add_row(str(number), Text(label), *(f"{value:.3f}" for value in row))
     return table
 
