@@ -29,6 +29,7 @@ from agcl.attribution.levels import histogram
 from agcl.attribution.storage import index_of
 from agcl.errors import AgclError
 
+ROOT = Path(__file__).parents[2]
 SHAPES = {"experts": (2, 3, 4), "matrix": (7, 5), "nothing": (0, 3), "scalar": (), "vector": (6,)}
 DTYPES = {8: torch.uint8, 16: torch.uint16}
 
@@ -182,7 +183,7 @@ print(peak() - before)
 def test_writing_never_holds_more_than_a_tensor(tmp_path):
     # 128 MiB in two shards; tensors of 4 MiB.
     command = [sys.executable, "-c", PEAK, str(tmp_path / "x.safetensors"), str(Path(__file__).parent)]
-    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    output = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
     assert int(output) < 2**25
 
 
@@ -521,4 +522,4 @@ def test_reading_needs_neither_transformers_nor_lightning():
         "import sys, agcl.attribution.artefact, agcl.attribution.merging\n"
         "sys.exit(bool({'transformers', 'lightning'} & sys.modules.keys()))"
     )
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], check=False, cwd=ROOT).returncode == 0
