@@ -174,7 +174,11 @@ def test_running_merge_goes_on_after_a_checkpoint(how, tmp_path):
         resumed.update(one)
     assert_same(resumed.importance(), running(tasks, how).importance())
     assert resumed.num_tasks == 4
+    beside = RunningMerge(how)
+    beside.load_state_dict(before.state_dict())
+    beside.update(tasks[2])
     assert before.num_tasks == 2
+    assert_same(before.importance(), running(tasks[:2], how).importance())
 
 
 def test_state_of_another_merge_is_refused():
