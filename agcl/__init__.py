@@ -7,7 +7,7 @@ loading Lightning.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from agcl.version import __version__
 
 _HOMES = {
     "AgclError": "agcl.errors",
@@ -43,6 +43,7 @@ __all__ = [
     "UnsupportedModelError",
     "UpdateGate",
     "WarmupDecay",
+    "__version__",
     "lrp_rules",
     "parameter_relevance",
 ]

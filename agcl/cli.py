@@ -1,91 +1,22 @@
-"""Command line: ``agcl fit --config ...`` is LightningCLI with the continual loop's settings filled in."""
+"""Command line: the commands of `agcl.commands`, and for everything else LightningCLI (`agcl.lightning_cli`)."""
 
 import sys
-import zipfile
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
-import torch
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities import rank_zero_info
-
-from agcl.callbacks import ContinualMonitor, ContinualReport, TaskProgressBar
-from agcl.data.datamodule import ContinualDataModule
+from agcl import commands
 from agcl.errors import AgclError
-from agcl.module import ContinualLM
-
-
-class AgclCLI(LightningCLI):
-    """LightningCLI for one model class and one data module class, with what both must agree on linked.
-
-    The Trainer's ``max_epochs`` follows from the tasks' epochs, the tokenizer from the model. ``trainer.precision`` is
-    chosen by the machine unless given (:func:`choose_precision`).
-    """
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Link what would otherwise have to be written twice."""
-        for name in ("model_name_or_path", "gguf_file", "trust_remote_code"):
-            parser.link_arguments(f"model.{name}", f"data.{name}")
-        parser.link_arguments("data.tasks", "trainer.max_epochs", compute_fn=_total_epochs)
-        parser.set_defaults({"trainer.reload_dataloaders_every_n_epochs": 1, "trainer.num_sanity_val_steps": -1})
-
-    def before_instantiate_classes(self) -> None:
-        """Check the checkpoint's file; choose precision and progress bar where none is given."""
-        config = self.config[self.subcommand] if self.subcommand else self.config
-        _check_checkpoint_file(config.get("ckpt_path"))
-        trainer = config.trainer
-        configured = [callback.class_path for callback in trainer.callbacks or []]
-        if trainer.enable_progress_bar is False or any(path.endswith("ProgressBar") for path in configured):
-            defaults = self.trainer_defaults["callbacks"]
-            self.trainer_defaults["callbacks"] = [c for c in defaults if not isinstance(c, TaskProgressBar)]
-        if trainer.precision is None:
-            trainer.precision = choose_precision(trainer.accelerator)
-            rank_zero_info(
-                f"Precision: {trainer.precision}, the faster one on this machine (set trainer.precision to change it)."
-            )
-
-    def _parse_ckpt_path(self) -> None:
-        """Leave the configuration as given: a checkpoint of another model is to be refused, not trained silently."""
-
-
-def _check_checkpoint_file(path: str | None) -> None:
-    """Refuse, before anything is loaded, a checkpoint that is not there or not whole."""
-    if path is None or path in ("last", "best", "hpc"):
-        return
-    if not Path(path).exists():
-        raise AgclError(f"The checkpoint {path} does not exist.")
-    if Path(path).is_file() and not zipfile.is_zipfile(path):
-        raise AgclError(f"{path} is not a checkpoint, or not a whole one: take an earlier one.")
-
-
-def _total_epochs(tasks: Sequence[Any]) -> int:
-    # During parsing a dataclass is a namespace of its class path and arguments.
-    return sum(getattr(task, "init_args", task).epochs for task in tasks)
-
-
-def choose_precision(accelerator: str = "auto") -> str:
-    """``bf16-mixed`` where the hardware multiplies bfloat16 matrices, else ``32-true``.
-
-    A CPU without such instructions (AVX512-BF16, AMX) emulates them several times slower than float32.
-    """
-    if accelerator != "cpu" and torch.cuda.is_available():
-        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
-    capabilities = torch.cpu.get_capabilities()
-    return "bf16-mixed" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "32-true"
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; errors that a user can mend are printed as one line, exit status 1."""
+    words = sys.argv[1:] if args is None else list(args)
     try:
-        AgclCLI(
-            ContinualLM,
-            ContinualDataModule,
-            args=None if args is None else list(args),
-            seed_everything_default=0,
-            trainer_defaults={"callbacks": [TaskProgressBar(), ContinualReport(), ContinualMonitor()]},
-            parser_kwargs={"prog": "agcl", "fit": {"prog": "agcl fit"}},
-        )
+        if words and words[0] in commands.COMMANDS:
+            commands.run(words)
+        else:
+            from agcl import lightning_cli  # seconds to import, which the other commands do without
+
+            lightning_cli.run(args, epilog=commands.help_text())
     except (ValueError, OSError) as error:
         # What the operating system says (no space left, permission denied) names its file already.
         user_error = error if isinstance(error, OSError) else _user_error(error)

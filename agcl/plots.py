@@ -10,11 +10,12 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from agcl.attribution.artefact import LazyImportance, shapes_of
+from agcl.attribution.levels import CHUNK, DTYPES, MAX_LEVEL, bits_of, chunks, histogram
 from agcl.errors import AgclError
 
-_LEVELS = 255  # importance is stored as uint8 fixed point, value / 255
 _DARK_BELOW = 0.43  # viridis: with white text below and black above, the contrast is at least 4.5 : 1 everywhere
-_CHUNK = 2**18  # entries compared at a time: temporaries stay in cache
+_DIGIT = 2**16 - 1
 _GENERIC_PARTS = {"model", "transformer", "base_model", "base_layer", "modules_to_save", "weight", "bias", "default"}
 _AMBIGUOUS_KINDS = {"c_proj", "lora_A", "lora_B"}  # in one layer they occur in several modules
 
@@ -43,6 +44,12 @@ def kind_of(parameter_name: str) -> str:
     return parts[-1] if parts else parameter_name
 
 
+def layer_order(layer: str) -> tuple[bool, int, str]:
+    """Sorting key of what :func:`layer_of` gives: layers by number, then everything else by name."""
+    number = re.fullmatch(r"layer (\d+)", layer)
+    return number is None, int(number[1]) if number else 0, layer
+
+
 def plot_importance_map(importance: Mapping[str, Tensor], title: str | None = None) -> tuple[Figure, Any]:
     """Heat map of mean importance by layer (rows) and kind of module (columns).
 
@@ -61,7 +68,7 @@ def plot_importance_map(importance: Mapping[str, Tensor], title: str | None = No
         cell = layer_of(name), kind_of(name)
         total, count = sums.get(cell, (0.0, 0))
         sums[cell] = total + _total(values), count + values.numel()
-    layers = sorted({layer for layer, _ in sums}, key=_row_order)
+    layers = sorted({layer for layer, _ in sums}, key=layer_order)
     outside = {kind for layer, kind in sums if not layer.startswith("layer ")}
     kinds = sorted({kind for _, kind in sums}, key=lambda kind: (kind in outside, kind))
     grid = [
@@ -85,7 +92,7 @@ def plot_plasticity(plasticity: Mapping[str, Mapping[str, float]], title: str | 
     Raises:
         AgclError: If there is no task or no layer.
     """
-    layers = sorted({layer for values in plasticity.values() for layer in values}, key=_row_order)
+    layers = sorted({layer for values in plasticity.values() for layer in values}, key=layer_order)
     grid = [[values.get(layer, math.nan) for values in plasticity.values()] for layer in layers]
     columns = [f"after {task}" for task in plasticity]
     return _by_layer(grid, layers, columns, title or "Remaining plasticity by layer", "mean plasticity", largest=1.0)
@@ -94,21 +101,7 @@ def plot_plasticity(plasticity: Mapping[str, Mapping[str, float]], title: str | 
 def importance_overlap(
     a: Mapping[str, Tensor], b: Mapping[str, Tensor], top_share: float = 0.01
 ) -> tuple[float, float]:
-    """How far two tasks rest on the same weights.
-
-    The top sets are those of all entries at or above the level that the ``top_share`` largest ones reach; ties at that
-    level are all in, so that a set may be larger than its share. Importance of 0 is never in.
-
-    Args:
-        a: Parameter name -> importance, uint8 fixed point (``value / 255``) or floating point.
-        b: The same names and shapes.
-        top_share: Share of all entries that counts as the top.
-
-    Returns:
-        Cosine similarity of all entries, and intersection over union of the two top sets; both in [0, 1].
-
-    Raises:
-        AgclError: If the names differ.
+    """How far two tasks rest on the same weights; the numbers of :func:`importance_overlaps` for one pair.
 
     Example:
         >>> a, b = torch.tensor([255, 0], dtype=torch.uint8), torch.tensor([255, 255], dtype=torch.uint8)
@@ -116,55 +109,77 @@ def importance_overlap(
         >>> round(cosine, 4), iou
         (0.7071, 0.5)
     """
-    if a.keys() != b.keys():
-        name = min(a.keys() ^ b.keys())
-        raise AgclError(f"Only one of the two importances covers `{name}`; compare tasks of one run.")
-    threshold_a, threshold_b = _top_level(a, top_share), _top_level(b, top_share)
-    dot = norm_a = norm_b = 0.0
-    intersection = union = 0
-    for name in a:
-        for part_a, part_b in zip(a[name].flatten().split(_CHUNK), b[name].flatten().split(_CHUNK), strict=True):
-            left, right = part_a.double(), part_b.double()
-            dot += float(left @ right)
-            norm_a += float(left @ left)
-            norm_b += float(right @ right)
-            top_a, top_b = part_a >= threshold_a, part_b >= threshold_b
-            intersection += int((top_a & top_b).sum())
-            union += int((top_a | top_b).sum())
-    length = (norm_a * norm_b) ** 0.5
-    return (dot / length if length else 0.0), (intersection / union if union else 0.0)
+    cosine, iou = importance_overlaps({"the first": a, "the second": b}, top_share)
+    return float(cosine[0, 1]), float(iou[0, 1])
+
+
+def importance_overlaps(
+    importances: Mapping[str, Mapping[str, Tensor]], top_share: float = 0.01
+) -> tuple[Tensor, Tensor]:
+    """How far each pair of tasks rests on the same weights, all in two passes over each task's importance.
+
+    The top sets are those of all entries at or above the level that the ``top_share`` largest ones reach; ties at that
+    level are all in, so that a set may be larger than its share. Importance of 0 is never in.
+
+    Args:
+        importances: Task name -> its own importance (before merging): parameter name -> fixed point (uint8, uint16) or
+            floating point, non-negative; open files too. The same names and shapes in all.
+        top_share: Share of all entries that counts as the top.
+
+    Returns:
+        Cosine similarity of all entries, and intersection over union of the top sets: float64 of shape (tasks, tasks),
+        in [0, 1]; 0 where nothing is important.
+
+    Raises:
+        AgclError: If names or shapes differ.
+    """
+    tasks = list(importances)
+    _check_alike(importances)
+    thresholds = torch.tensor([[_top_level(importances[task], top_share)] for task in tasks], dtype=torch.float64)
+    buffer = torch.empty(len(tasks), CHUNK, dtype=torch.float64)
+    dots, common = torch.zeros(2, len(tasks), len(tasks), dtype=torch.float64)
+    for name in importances[tasks[0]]:
+        values = [importances[task][name] for task in tasks]
+        for pieces in chunks(*values):
+            part = buffer[:, : len(pieces[0])]
+            for row, piece in zip(part, pieces, strict=True):
+                row.copy_(piece)
+            dots += part @ part.T
+            top = (part >= thresholds).float()
+            common += top @ top.T  # of a chunk, hence exact in float32
+    lengths, sizes = dots.diag(), common.diag()
+    return _ratio(dots, (lengths[:, None] * lengths).sqrt()), _ratio(common, sizes[:, None] + sizes - common)
 
 
 def plot_importance_overlap(
-    importances: Mapping[str, Mapping[str, Tensor]], top_share: float = 0.01
+    importances: Mapping[str, Mapping[str, Tensor]],
+    top_share: float = 0.01,
+    overlaps: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Figure, Any]:
     """Overlap of each pair of tasks: cosine similarity, and intersection over union of the most important weights.
 
     Args:
-        importances: Task name -> its own importance (before merging), as for :func:`importance_overlap`.
-        top_share: See :func:`importance_overlap`.
+        importances: Task name -> its own importance, as for :func:`importance_overlaps`.
+        top_share: See :func:`importance_overlaps`.
+        overlaps: What that function gave, if it has been called already.
 
     Returns:
         Figure and the two axes (the paper's Fig. 1 shows such overlaps).
     """
     names = list(importances)
-    below = [
-        [importance_overlap(importances[x], importances[y], top_share) for y in names[: row + 1]]
-        for row, x in enumerate(names)
-    ]
-    pairs = [[below[max(x, y)][min(x, y)] for y in range(len(names))] for x in range(len(names))]  # it is symmetric
+    panels = [panel.tolist() for panel in overlaps or importance_overlaps(importances, top_share)]
     figure = Figure(figsize=(max(7.0, 3.2 + 1.3 * len(names)), 2.0 + 0.55 * len(names)), layout="constrained")
     axes = figure.subplots(1, 2)
     titles = "Cosine similarity", f"Top {100 * top_share:g} %: intersection over union"
-    for panel, (ax, title) in enumerate(zip(axes, titles, strict=True)):
-        image = ax.imshow([[pair[panel] for pair in row] for row in pairs], vmin=0, vmax=1, cmap="viridis")
+    for ax, panel, title in zip(axes, panels, titles, strict=True):
+        image = ax.imshow(panel, vmin=0, vmax=1, cmap="viridis")
         ax.set_xticks(range(len(names)), names, rotation=30, ha="right", rotation_mode="anchor")
-        ax.set_yticks(range(len(names)), names if panel == 0 else [""] * len(names))
+        ax.set_yticks(range(len(names)), names if ax is axes[0] else [""] * len(names))
         ax.set_title(title, fontsize=10)
-        for y, row in enumerate(pairs):
-            for x, pair in enumerate(row):
-                colour = "white" if pair[panel] < _DARK_BELOW else "black"
-                ax.text(x, y, f"{pair[panel]:.2f}", ha="center", va="center", color=colour, fontsize=8)
+        for y, row in enumerate(panel):
+            for x, value in enumerate(row):
+                colour = "white" if value < _DARK_BELOW else "black"
+                ax.text(x, y, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=8)
     figure.colorbar(image, ax=axes, shrink=0.8)
     return figure, axes
 
@@ -210,29 +225,67 @@ def _by_layer(
     return figure, ax
 
 
-def _row_order(layer: str) -> tuple[bool, int, str]:
-    """Layers by number, then everything else by name."""
-    number = re.fullmatch(r"layer (\d+)", layer)
-    return number is None, int(number[1]) if number else 0, layer
-
-
 def _total(values: Tensor) -> float:
-    if values.dtype == torch.uint8:
-        return int(values.sum(dtype=torch.int64)) / _LEVELS
-    return float(values.sum(dtype=torch.float64))
+    if values.is_floating_point():
+        return float(values.sum(dtype=torch.float64))
+    return int(values.sum(dtype=torch.int64)) / MAX_LEVEL[bits_of(values)]
+
+
+def _check_alike(importances: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Refuse importances of different names or shapes."""
+    (first, before), *others = ((task, shapes_of(importance)) for task, importance in importances.items())
+    for task, shapes in others:
+        if different := before.keys() ^ shapes.keys():
+            raise AgclError(f"Only one of {first} and {task} covers `{min(different)}`; compare the tasks of one run.")
+        for name, shape in shapes.items():
+            if shape != before[name]:
+                raise AgclError(
+                    f"`{name}` has shape {before[name]} in {first} and {shape} in {task}; compare the tasks of one run."
+                )
+
+
+def _ratio(part: Tensor, whole: Tensor) -> Tensor:
+    """``part / whole``, and 0 where there is nothing."""
+    return torch.where(whole > 0, part / whole, torch.zeros_like(part))
 
 
 def _top_level(importance: Mapping[str, Tensor], top_share: float) -> float:
     """Largest value that at least ``top_share`` of all entries reach; never 0, so that unimportant entries stay out."""
-    if any(values.is_floating_point() for values in importance.values()):
-        flat = torch.cat([values.double().flatten() for values in importance.values()])
-        level = float(flat.kthvalue(flat.numel() - max(1, math.ceil(top_share * flat.numel())) + 1).values)
-        positive = flat[flat > 0]
-        return max(level, float(positive.min())) if len(positive) else math.inf
-    counts = torch.zeros(_LEVELS + 1, dtype=torch.int64)
-    for values in importance.values():
-        counts += torch.bincount(values.flatten().cpu(), minlength=_LEVELS + 1)
+    rank = max(1, math.ceil(top_share * sum(math.prod(shape) for shape in shapes_of(importance).values())))
+    bits = importance.bits if isinstance(importance, LazyImportance) else None  # known without reading
+    for dtype_bits, dtype in DTYPES.items():
+        if bits is None and all(values.dtype == dtype for values in importance.values()):
+            bits = dtype_bits
+    if bits is not None:
+        counts = torch.zeros(MAX_LEVEL[bits] + 1, dtype=torch.int64)
+        for values in importance.values():
+            counts += histogram(values)
+        return max(1, _reached(counts, rank)[0])
+    return max(_ranked_value(importance, rank), math.ulp(0.0))
+
+
+def _ranked_value(importance: Mapping[str, Tensor], rank: int) -> float:
+    """The ``rank``-th largest of all entries, non-negative floats; exact, and nothing is sorted or kept.
+
+    It is found by digits of 16 bits, the highest first (the bit patterns of such floats are in their order): each digit
+    from its histogram among the entries that share the higher ones.
+    """
+    prefix = 0
+    for shift in (48, 32, 16, 0):
+        counts = torch.zeros(_DIGIT + 1, dtype=torch.int64)
+        for values in importance.values():
+            for (piece,) in chunks(values):
+                bits = piece.double().view(torch.int64)
+                if shift < 48:
+                    bits = bits[bits >> (shift + 16) == prefix]
+                counts += torch.bincount(bits >> shift & _DIGIT, minlength=_DIGIT + 1).cpu()
+        digit, rank = _reached(counts, rank)
+        prefix = prefix << 16 | digit
+    return float(torch.tensor(prefix).view(torch.float64))
+
+
+def _reached(counts: Tensor, rank: int) -> tuple[int, int]:
+    """Bin of the ``rank``-th largest entry, and its rank within that bin."""
     at_or_above = counts.flip(0).cumsum(0).flip(0)
-    wanted = top_share * int(counts.sum())
-    reached = (at_or_above >= wanted).nonzero().flatten()
-    return max(1, int(reached[-1]))
+    position = max(0, int((at_or_above >= rank).sum()) - 1)
+    return position, rank - int(at_or_above[position] - counts[position])

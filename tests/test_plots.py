@@ -1,9 +1,14 @@
+import math
+
 import pytest
 import torch
 
+from agcl.attribution import levels as levels_module
+from agcl.attribution import open_importance, save_importance
 from agcl.errors import AgclError
 from agcl.plots import (
     importance_overlap,
+    importance_overlaps,
     kind_of,
     layer_of,
     plot_importance_map,
@@ -117,6 +122,40 @@ def test_overlap_of_different_parameters_is_refused():
     for pair in ((a, b), (b, a)):
         with pytest.raises(AgclError, match=r"covers `model\.layers\.2\.mlp\.up_proj\.weight`"):
             importance_overlap(*pair)
+    b = {name: values.reshape(-1) for name, values in a.items()}
+    with pytest.raises(AgclError, match=r"has shape \(16, 4\) in the first and \(64,\) in the second"):
+        importance_overlap(a, b)
+
+
+@pytest.mark.parametrize("kind", ["mapping", "file"])
+def test_overlaps_of_16_bits_are_those_of_the_same_importance_in_8(kind, tmp_path):
+    eight = {"a": importance(1), "b": importance(2), "c": importance(3)}
+    mixed = {**eight, "b": {name: (levels.int() * 257).to(torch.uint16) for name, levels in eight["b"].items()}}
+    if kind == "file":
+        for task, levels in mixed.items():
+            save_importance(tmp_path / f"{task}.safetensors", levels, {}, max_shard_bytes=200)
+        mixed = {task: open_importance(tmp_path / f"{task}.safetensors") for task in mixed}
+    for share in (0.01, 0.3):
+        for expected, found in zip(importance_overlaps(eight, share), importance_overlaps(mixed, share), strict=True):
+            assert torch.allclose(expected, found, atol=1e-12)
+            assert torch.equal(found, found.T)
+    assert plot_importance_map(mixed["b"])[1].images[0].get_array().compressed() == pytest.approx(
+        plot_importance_map(eight["b"])[1].images[0].get_array().compressed()
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+@pytest.mark.parametrize("share", [1e-9, 0.003, 0.5, 0.999])
+def test_top_level_of_floats_is_that_of_sorting(monkeypatch, dtype, share):
+    monkeypatch.setattr(levels_module, "CHUNK", 100)
+    shapes = {"a": (30, 7), "b": (401,), "c": ()}
+    values = {
+        name: (torch.rand(shape) * 10.0 ** torch.randint(-6, 3, shape)).to(dtype) for name, shape in shapes.items()
+    }
+    flat = torch.cat([value.double().flatten() for value in values.values()]).sort(descending=True).values
+    reached = max(float(flat[max(1, math.ceil(share * len(flat))) - 1]), 5e-324)
+    top = {name: (value.double() >= reached).to(dtype) for name, value in values.items()}  # a set is its own top set
+    assert importance_overlap(values, top, share)[1] == 1
 
 
 def test_overlap_picture_is_symmetric_and_in_the_order_of_the_tasks():

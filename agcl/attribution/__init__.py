@@ -1,16 +1,31 @@
-"""Layer-wise relevance propagation for decoders: which weights carry the answer to a sample."""
+"""Layer-wise relevance propagation for decoders: which weights carry the answer to a sample.
 
-from agcl.attribution.importance import ImportanceConfig, load_importance, save_importance
-from agcl.attribution.lrp import LRPContext, Rule, lrp_rules
-from agcl.attribution.operations import OPERATIONS
-from agcl.attribution.relevance import (
-    Consumer,
-    GradientRule,
-    attribute_sample,
-    conservation_error,
-    parameter_relevance,
-    token_relevance,
-)
+Names are imported on first use, so that importance files can be read without loading transformers.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+_HOMES = {
+    "OPERATIONS": "operations",
+    "Consumer": "relevance",
+    "GradientRule": "relevance",
+    "ImportanceConfig": "importance",
+    "LRPContext": "lrp",
+    "RunningMerge": "merging",
+    "Rule": "lrp",
+    "attribute_sample": "relevance",
+    "check_importance": "artefact",
+    "conservation_error": "relevance",
+    "fingerprint": "fingerprints",
+    "load_importance": "artefact",
+    "lrp_rules": "lrp",
+    "merge": "merging",
+    "open_importance": "artefact",
+    "parameter_relevance": "relevance",
+    "save_importance": "artefact",
+    "token_relevance": "relevance",
+}
 
 __all__ = [
     "OPERATIONS",
@@ -19,11 +34,38 @@ __all__ = [
     "ImportanceConfig",
     "LRPContext",
     "Rule",
+    "RunningMerge",
     "attribute_sample",
+    "check_importance",
     "conservation_error",
+    "fingerprint",
     "load_importance",
     "lrp_rules",
+    "merge",
+    "open_importance",
     "parameter_relevance",
     "save_importance",
     "token_relevance",
 ]
+
+if TYPE_CHECKING:
+    from agcl.attribution.artefact import check_importance, load_importance, open_importance, save_importance
+    from agcl.attribution.fingerprints import fingerprint
+    from agcl.attribution.importance import ImportanceConfig
+    from agcl.attribution.lrp import LRPContext, Rule, lrp_rules
+    from agcl.attribution.merging import RunningMerge, merge
+    from agcl.attribution.operations import OPERATIONS
+    from agcl.attribution.relevance import (
+        Consumer,
+        GradientRule,
+        attribute_sample,
+        conservation_error,
+        parameter_relevance,
+        token_relevance,
+    )
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'agcl.attribution' has no attribute {name!r}")
+    return getattr(import_module(f"agcl.attribution.{_HOMES[name]}"), name)

@@ -1,25 +1,20 @@
-"""From the relevance of single samples to the importance of a task: scale, aggregate, normalise, merge, store.
+"""From the relevance of single samples to the importance of a task: scale, aggregate, normalise.
 
 The paper (arXiv 2605.05285, Eqs. 10-12) scales each sample's relevance logarithmically, takes for every entry the mean
-of its K largest values over the samples, and keeps the running maximum of that over the tasks, clipped at zero. Those
-steps are here (`ImportanceConfig.paper`), beside the normalisations that carried more signal in this project's
-measurements.
+of its K largest values over the samples, and keeps the running maximum of that over the tasks, clipped at zero. The
+steps for one task are here (`ImportanceConfig.paper`), beside the normalisations that carried more signal in this
+project's measurements; `agcl.attribution.merging` goes over the tasks, `agcl.attribution.artefact` stores.
 
-Importance is stored as uint8 fixed point, ``value / 255``: one byte per weight, 0 and 1 exact, at most 1/510 off
-between.
+Importance is uint8 fixed point, ``value / 255``: one byte per weight, 0 and 1 exact, at most 1/510 off between.
 """
 
 import math
-import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import AgclError
@@ -27,9 +22,6 @@ from ..errors import AgclError
 Sign = Literal["positive", "absolute"]
 Normalisation = Literal["log", "rank", "quantile"]
 Scope = Literal["row", "tensor", "model"]
-
-FORMAT = "agcl-importance"
-FORMAT_VERSION = "1"
 
 _MAX_LEVEL = 255  # uint8 value that stands for importance 1
 _MODEL_SAMPLE_ENTRIES = 2**24
@@ -331,100 +323,3 @@ def dequantise(levels: Tensor) -> Tensor:
         tensor([0.0000, 0.2000, 1.0000])
     """
     return levels.to(torch.float32).div_(_MAX_LEVEL)
-
-
-def merge_maximum(old: dict[str, Tensor], new: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Running maximum over tasks (Eq. 12), in place in ``old``; parameters new to it are added (not copied).
-
-    Args:
-        old: Name to uint8 importance of the tasks before. Changed.
-        new: Name to uint8 importance of the task just learned; same shapes.
-
-    Returns:
-        ``old``.
-
-    Raises:
-        AgclError: If a shape or dtype does not fit; ``old`` is then unchanged.
-    """
-    for name, levels in new.items():
-        held = old.get(name, levels)
-        if held.dtype != torch.uint8 or levels.dtype != torch.uint8 or held.shape != levels.shape:
-            raise AgclError(
-                f"Importance of `{name}` is {held.dtype} {tuple(held.shape)} so far and {levels.dtype} "
-                f"{tuple(levels.shape)} for the new task; both must be torch.uint8 of one shape."
-            )
-    for name, levels in new.items():
-        held = old.setdefault(name, levels)
-        torch.maximum(held, levels.to(held.device), out=held)
-    return old
-
-
-def save_importance(path: str | Path, importance: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write importance to one safetensors file, atomically: a crash leaves the old file or the new one.
-
-    Args:
-        path: The file; its folder is made if need be.
-        importance: Parameter name, as in ``named_parameters``, to uint8 tensor.
-        metadata: Strings stored beside them; ``format`` and ``format_version`` are added.
-
-    Raises:
-        AgclError: If a tensor is not uint8.
-    """
-    path = Path(path)
-    for name, levels in importance.items():
-        if levels.dtype != torch.uint8:
-            raise AgclError(f"Importance of `{name}` is {levels.dtype}, not torch.uint8; pass it through `normalise`.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    header = {**metadata, "format": FORMAT, "format_version": FORMAT_VERSION}
-    try:
-        save_file({name: levels.cpu().contiguous() for name, levels in importance.items()}, temporary, metadata=header)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def load_importance(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read what `save_importance` wrote.
-
-    Returns:
-        Name to uint8 tensor on the CPU, and the metadata, ``format`` and ``format_version`` included.
-
-    Raises:
-        AgclError: If the file is missing, truncated, not of this format or version, or holds another dtype.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = dict(file.metadata() or {})
-            # Cloned, since the tensors may be views of the mapped file.
-            importance = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise AgclError(f"Cannot read importance from {path}: {error}. Name a file written by agcl.") from error
-    found = metadata.get("format"), metadata.get("format_version")
-    if found != (FORMAT, FORMAT_VERSION):
-        raise AgclError(f"{path} is not an importance file of format version {FORMAT_VERSION} (found {found}).")
-    for name, levels in importance.items():
-        if levels.dtype != torch.uint8:
-            raise AgclError(f"{path}: `{name}` is {levels.dtype}, not torch.uint8; the file was not written by agcl.")
-    return importance, metadata
-
-
-def check_importance(importance: Mapping[str, Tensor], named_parameters: Iterable[tuple[str, Tensor]]) -> None:
-    """Check that importance fits a model: each name is one of its parameters and has its shape.
-
-    Parameters without importance are in order: they are not gated.
-
-    Raises:
-        AgclError: For the first name that does not fit, with the shapes.
-    """
-    shapes = {name: tuple(parameter.shape) for name, parameter in named_parameters}
-    for name, levels in importance.items():
-        if name not in shapes:
-            raise AgclError(f"Importance of `{name}` {tuple(levels.shape)}: the model has no such parameter.")
-        if shapes[name] != tuple(levels.shape):
-            raise AgclError(
-                f"Importance of `{name}` has shape {tuple(levels.shape)}, the model's parameter {shapes[name]}; "
-                "use the importance with the model it was computed for."
-            )

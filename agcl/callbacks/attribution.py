@@ -14,14 +14,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from agcl.attribution import attribute_sample
-from agcl.attribution.importance import (
-    ImportanceConfig,
-    SampleAggregator,
-    check_importance,
-    merge_maximum,
-    normalise,
-    save_importance,
-)
+from agcl.attribution.artefact import check_importance, save_importance
+from agcl.attribution.importance import ImportanceConfig, SampleAggregator, normalise
+from agcl.attribution.merging import merge_maximum
 from agcl.attribution.relevance import GradientRule
 from agcl.data.tasks import IGNORED_LABEL
 from agcl.errors import AgclError

@@ -1,23 +1,17 @@
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from agcl.attribution import importance as module
 from agcl.attribution.importance import (
     ImportanceConfig,
     SampleAggregator,
-    check_importance,
     dequantise,
-    load_importance,
     log_scale,
-    merge_maximum,
     normalise,
     quantise,
-    save_importance,
 )
 from agcl.errors import AgclError
 
@@ -223,95 +217,6 @@ def test_fixed_point_is_within_half_a_step_and_exact_at_the_ends():
     assert restored[-1] == 1
     every = torch.arange(256, dtype=torch.uint8)
     assert torch.equal(quantise(dequantise(every)), every)
-
-
-def test_merge_maximum_is_in_place():
-    old = {"a": torch.tensor([1, 200], dtype=torch.uint8)}
-    held = old["a"]
-    new = {"a": torch.tensor([3, 4], dtype=torch.uint8), "b": torch.tensor([5], dtype=torch.uint8)}
-    assert merge_maximum(old, new) is old
-    assert old["a"] is held
-    assert held.tolist() == [3, 200]
-    assert old["b"].tolist() == [5]
-
-
-@pytest.mark.parametrize("wrong", [torch.zeros(3, dtype=torch.uint8), torch.zeros(2)])
-def test_merge_maximum_refuses_before_it_changes_anything(wrong):
-    old = {"a": torch.zeros(1, dtype=torch.uint8), "b": torch.zeros(2, dtype=torch.uint8)}
-    with pytest.raises(AgclError, match="`b`"):
-        merge_maximum(old, {"a": torch.ones(1, dtype=torch.uint8), "b": wrong})
-    assert old["a"].item() == 0
-
-
-@pytest.fixture
-def stored(tmp_path):
-    importance = {name: torch.randint(256, shape, dtype=torch.uint8) for name, shape in SHAPES.items()}
-    importance["transposed"] = torch.arange(6, dtype=torch.uint8).view(2, 3).T
-    path = tmp_path / "folder" / "task-0.safetensors"
-    save_importance(path, importance, {"task": "french"})
-    return path, importance
-
-
-def test_save_and_load(stored):
-    path, importance = stored
-    loaded, metadata = load_importance(path)
-    assert metadata == {"task": "french", "format": "agcl-importance", "format_version": "1"}
-    assert set(loaded) == set(importance)
-    assert all(torch.equal(loaded[name], importance[name]) for name in importance)
-    save_importance(path, merge_maximum(loaded, importance), metadata)
-    assert [file.name for file in path.parent.iterdir()] == [path.name]
-
-
-@pytest.mark.parametrize("step", ["save_file", "fsync", "replace"])
-def test_a_failed_save_leaves_the_old_file_and_no_other(stored, monkeypatch, step):
-    path, importance = stored
-    before = path.read_bytes()
-
-    def fail(*args, **kwargs):
-        if step == "save_file":
-            Path(args[1]).write_bytes(b"half")
-        raise OSError("disk full")
-
-    owner = {"save_file": module, "fsync": module.os, "replace": Path}[step]
-    monkeypatch.setattr(owner, step, fail)
-    with pytest.raises(OSError, match="disk full"):
-        save_importance(path, {name: value // 2 for name, value in importance.items()}, {})
-    assert path.read_bytes() == before
-    assert [file.name for file in path.parent.iterdir()] == [path.name]
-
-
-def test_load_refuses_damaged_and_foreign_files(stored, tmp_path):
-    path, importance = stored
-    content = path.read_bytes()
-    foreign = tmp_path / "foreign.safetensors"
-    for size in (0, 5, 40, len(content) - 1):
-        foreign.write_bytes(content[:size])
-        with pytest.raises(AgclError, match=r"foreign\.safetensors"):
-            load_importance(foreign)
-    with pytest.raises(AgclError, match="missing"):
-        load_importance(tmp_path / "missing.safetensors")
-    save_file({"w": torch.zeros(2, dtype=torch.uint8)}, foreign)
-    with pytest.raises(AgclError, match=r"foreign\.safetensors is not an importance file"):
-        load_importance(foreign)
-    header = {"format": "agcl-importance", "format_version": "1"}
-    save_file({"w": torch.zeros(2)}, foreign, metadata=header)
-    with pytest.raises(AgclError, match=r"foreign\.safetensors: `w` is torch\.float32"):
-        load_importance(foreign)
-    save_file({"w": torch.zeros(2, dtype=torch.uint8)}, foreign, metadata={**header, "format_version": "99"})
-    with pytest.raises(AgclError, match=r"version 1 .*99"):
-        load_importance(foreign)
-    with pytest.raises(AgclError, match=r"`matrix` is torch\.float32"):
-        save_importance(foreign, {"matrix": importance["matrix"].float()}, {})
-
-
-def test_check_importance_names_what_does_not_fit():
-    model = torch.nn.Linear(3, 2)
-    fitting = {"weight": torch.zeros(2, 3, dtype=torch.uint8)}
-    check_importance(fitting, model.named_parameters())
-    with pytest.raises(AgclError, match=r"`weight` has shape \(3, 2\), the model's parameter \(2, 3\)"):
-        check_importance({"weight": fitting["weight"].T}, model.named_parameters())
-    with pytest.raises(AgclError, match=r"`lora` \(2, 3\): the model has no such parameter"):
-        check_importance({"lora": fitting["weight"]}, model.named_parameters())
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from helpers import EPOCHS, attribution, build, trainer_for, weights
 from lightning.pytorch import Callback
 
 from agcl.attribution import ImportanceConfig, parameter_relevance
-from agcl.attribution.importance import load_importance
+from agcl.attribution.artefact import load_importance
 from agcl.callbacks import AttributionCallback
 from agcl.errors import AgclError
 
