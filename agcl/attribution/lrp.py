@@ -225,13 +225,24 @@ def in_force(context: _Context) -> Iterator[_Context]:
     Raises:
         AgclError: If rules are on already for the model or a part of it.
     """
-    model = context.model
+    check_free(context.model)
+    with evaluation_mode(context.model), ExitStack() as stack:
+        context._attach(stack)
+        yield context
+
+
+def check_free(model: nn.Module) -> None:
+    """Raise if rules are on for a model.
+
+    Args:
+        model: The model to attribute.
+
+    Raises:
+        AgclError: If rules are on already for it or a part of it.
+    """
     for module in model.modules():
         hooks = module._forward_pre_hooks
         if hooks and any(isinstance(getattr(hook, "__self__", None), LRPContext) for hook in hooks.values()):
             raise AgclError(
                 f"`lrp_rules` is on already for this `{type(model).__name__}` or a part of it; leave it first."
             )
-    with evaluation_mode(model), ExitStack() as stack:
-        context._attach(stack)
-        yield context

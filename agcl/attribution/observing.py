@@ -14,32 +14,36 @@ import torch
 from torch import Tensor, nn
 
 from agcl.attribution.lrp import LRPContext, Rule
-from agcl.attribution.mode import ACTIVATION, MARK, RuleMode
+from agcl.attribution.mode import ACTIVATED, ACTIVATION, MARK, RuleMode, _flat, _works_in_place
 from agcl.attribution.operations import OPERATIONS
 from agcl.attribution.support import enclosing_module, operation_name
 from agcl.errors import UnsupportedModelError
 
-Role = Literal["input", "additive", "block input", "block output"]
+Role = Literal["input", "additive", "crossing"]
 
 # Kinds whose result may hold something that no activation brought along: a bias, a summand, a concatenated token.
 _ADDITIVE = {"linear", "product", "sum_product", "layer_norm", "assembly"}
 # Their value at activations of zero is not what they add: it depends on the activations which operand is taken.
 _CHOOSING = {"max", "min", "maximum", "minimum"}
-_CUTTING = {"constant", "normaliser", "softmax"}
+_PLACE = "_agcl_place"
 
 
 @dataclass
 class Flow:
     """Relevance at one tensor, filled in by the backward pass.
 
+    Places are numbered: 2 i + 1 is block i, the even ones lie before, between and after the blocks.
+
     Attributes:
-        place: 2 i + 1 within block i, 2 i between the blocks i - 1 and i (0 before the first block).
-        role: What the tensor is there.
+        place: Where the tensor is used.
+        origin: Where it was computed; the same place for inputs and additive terms.
+        role: ``crossing`` if it was computed elsewhere; otherwise how it comes to be there.
         relevance: Sum of value times gradient, in the units of the logits.
         gross: Sum of its absolute values.
     """
 
     place: int
+    origin: int
     role: Role
     relevance: float = 0.0
     gross: float = 0.0
@@ -50,7 +54,7 @@ class ObservingMode(RuleMode):
 
     Attributes:
         uncovered: (operation, name of the enclosing module, its class) -> how often it was met in the last pass.
-        flows: Relevance at the sources (inputs, additive terms) and at the blocks' boundaries, under CP-LRP.
+        flows: Relevance at the sources (inputs, additive terms) and of what passes from place to place, under CP-LRP.
         place: Where the forward pass is, see :class:`Flow`.
     """
 
@@ -59,13 +63,13 @@ class ObservingMode(RuleMode):
         self.uncovered: Counter[tuple[str, str, str]] = Counter()
         self.flows: list[Flow] = []
         self.place = 0
-        self._cut_off: list[Any] = []
+        self._cut_off: dict[int, Any] = {}
         self._names = {id(module): name for name, module in model.named_modules()}
 
     def start(self, *, keep_inputs: bool) -> None:
         """Forget the previous forward pass."""
         super().start(keep_inputs=keep_inputs)
-        self.uncovered, self.flows, self.place, self._cut_off = Counter(), [], 0, []
+        self.uncovered, self.flows, self.place, self._cut_off = Counter(), [], 0, {}
 
     def refuse_operation(self, operation: Callable[..., Any]) -> None:
         """Take note of an operation without a rule."""
@@ -99,33 +103,51 @@ class ObservingMode(RuleMode):
         if not self.muted and torch.is_grad_enabled():
             self._level(list(value.values()) if isinstance(value, dict) else value)
 
-    def boundary(self, value: Any, role: Role) -> Any:
-        """Put aliases of activations in the place of those that cross a block's boundary, and watch them.
+    def crossing(self, value: Any) -> Any:
+        """Put an alias in the place of an activation that was computed elsewhere, and watch its relevance.
 
-        Aliases, since the same tensor may go elsewhere too: what flows through this boundary is counted, no more.
+        An alias, since the same tensor may go elsewhere too: what flows through this use is counted, no more.
+
+        Args:
+            value: Anything; tensors in tuples and lists are found, other containers may be written to later.
+
+        Returns:
+            The same, with aliases in new tuples and lists.
         """
-        if isinstance(value, Tensor):
-            if value.requires_grad and self._level(value) >= ACTIVATION:
-                value = value.view_as(value)
-                self.watch(value, role)
-        elif type(value) is tuple:
-            value = tuple(self.boundary(part, role) for part in value)
-        elif isinstance(value, dict) and role == "block output":  # of the block's own making: may be written to
-            for key, part in value.items():
-                value[key] = self.boundary(part, role)
-        return value
+        if type(value) in (tuple, list):
+            return type(value)(map(self.crossing, value))
+        level = getattr(value, MARK, 0) - self._serial
+        if not (self.cut and isinstance(value, Tensor) and ACTIVATION <= level <= ACTIVATED and value.requires_grad):
+            return value
+        origin = getattr(value, _PLACE)
+        if origin == self.place:
+            return value
+        with torch._C.DisableTorchFunction():
+            alias = self._record(value.view_as(value), level)
+        self.watch(alias, "crossing", origin=origin)
+        return alias
 
-    def watch(self, tensor: Tensor, role: Role, value: Tensor | None = None) -> None:
+    def _record(self, result: Any, level: int) -> Any:
+        if isinstance(result, Tensor) and level >= ACTIVATION:
+            setattr(result, _PLACE, self.place)
+        return super()._record(result, level)
+
+    def activation_output(self, inputs: Any, outputs: Tensor) -> Tensor:
+        """See :class:`RuleMode`."""
+        return super().activation_output(self.crossing(inputs), outputs)
+
+    def watch(self, tensor: Tensor, role: Role, value: Tensor | None = None, origin: int | None = None) -> None:
         """Sum value times gradient at ``tensor`` in the backward pass; CP-LRP only, since only that conserves.
 
         Args:
             tensor: What the gradient arrives at.
             role: What it is.
             value: What the gradient is multiplied with, broadcastable; None means the tensor's present value.
+            origin: Where it was computed; None means here.
         """
         if not self.cut or not tensor.requires_grad:
             return
-        flow = Flow(self.place, role)
+        flow = Flow(self.place, self.place if origin is None else origin, role)
         self.flows.append(flow)
         factor = tensor.detach().clone() if value is None else value
 
@@ -143,13 +165,30 @@ class ObservingMode(RuleMode):
         kwargs = kwargs or {}
         kind = OPERATIONS.get(func, "unknown")
         is_watched = self.cut and not self.muted and torch.is_grad_enabled()
+        if is_watched and kind != "pass":
+            # What an operation writes to is left alone: it must stay the same tensor.
+            first = args[:1] if _works_in_place(func) else self.crossing(args[:1])
+            args = (*first, *self.crossing(args[1:]))
+            kwargs = {name: self.crossing(value) for name, value in kwargs.items()}
         added = self._added(kind, func, args, kwargs) if is_watched and kind in _ADDITIVE else None
         result = super().__torch_function__(func, types, args, kwargs)
-        if is_watched and kind in _CUTTING and any(getattr(value, MARK, 0) > self._serial for value in args):
-            self._cut_off.append(result)
+        if is_watched and kind != "pass":
+            self._follow_cut_off(kind, func, args, result)
         if added is not None and isinstance(result, Tensor) and result.shape == added.shape:
             self.watch(result, "additive", added)
         return result
+
+    def _follow_cut_off(self, kind: str, func: Callable[..., Any], args: tuple[Any, ...], result: Any) -> None:
+        """Keep account of what came from activations but has no gradient: where it is added, it is no source."""
+        name = getattr(func, "__name__", "")
+        if not isinstance(result, Tensor) or not result.is_floating_point() or getattr(result, MARK, 0) > self._serial:
+            return
+        if name.endswith("_like") or name.startswith("new_"):
+            return
+        for value in args[:1] if kind == "structure" else _flat(args, {}):
+            if getattr(value, MARK, 0) > self._serial or id(value) in self._cut_off:
+                self._cut_off[id(result)] = result  # kept, so that no other tensor gets its id
+                return
 
     def _added(
         self, kind: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -160,12 +199,11 @@ class ObservingMode(RuleMode):
             return None  # no bias: the matrix product with zeros can be saved
         if self._levels(args, kwargs) < ACTIVATION or getattr(func, "__name__", "") in _CHOOSING:
             return None
-        if any(operand is cut_off for operand in operands for cut_off in self._cut_off):
-            return None  # an activation without its gradient is no source: its relevance is lost
 
         def at_zero(value: Any) -> Any:
             if isinstance(value, Tensor):
-                return torch.zeros_like(value) if self._level(value) >= ACTIVATION else value.detach().clone()
+                is_activation = self._level(value) >= ACTIVATION or id(value) in self._cut_off
+                return torch.zeros_like(value) if is_activation else value.detach().clone()
             return type(value)(map(at_zero, value)) if type(value) in (list, tuple) else value
 
         with torch.no_grad():
@@ -204,14 +242,11 @@ class ObservingContext(LRPContext):
 
     def _enter_block(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         self.mode.place += 1
-        named = {name: self.mode.boundary(value, "block input") for name, value in kwargs.items()}
-        return self.mode.boundary(args, "block input"), named
+        return self.mode.crossing(args), {name: self.mode.crossing(value) for name, value in kwargs.items()}
 
     def _leave_block(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         self.mode.look_at(output)
-        output = self.mode.boundary(output, "block output")
         self.mode.place += 1
-        return output
 
     def _leave_module(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._depth:
@@ -246,7 +281,7 @@ def find_blocks(model: nn.Module, run: Callable[[], Any]) -> tuple[str, list[nn.
         for part in {part for parts in lists.values() for part in parts}:
             stack.callback(part.register_forward_pre_hook(lambda module, args: calls.append(module)).remove)
         run()
-    in_order = {name: parts for name, parts in lists.items() if [c for c in calls if c in set(parts)] == parts}
+    in_order = {name: parts for name, parts in lists.items() if _called(calls, set(parts)) == parts}
     for kind in (nn.ModuleList, nn.Sequential):
         candidates = {name: parts for name, parts in in_order.items() if isinstance(model.get_submodule(name), kind)}
         outermost = list(_outermost(candidates))
@@ -254,6 +289,10 @@ def find_blocks(model: nn.Module, run: Callable[[], Any]) -> tuple[str, list[nn.
             name = max(outermost, key=lambda name: len(candidates[name]))
             return name, candidates[name]
     return "", []
+
+
+def _called(calls: list[nn.Module], among: set[nn.Module]) -> list[nn.Module]:
+    return [module for module in calls if module in among]
 
 
 def _outermost(lists: dict[str, list[nn.Module]]) -> Iterator[str]:

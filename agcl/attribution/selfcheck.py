@@ -1,7 +1,7 @@
 """Does attribution understand this model? One short sample, both rule sets, and an account of what was met."""
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from agcl.attribution.checkreport import LayerBalance, ModelCheck, Uncovered
-from agcl.attribution.lrp import Rule, evaluation_mode, in_force
-from agcl.attribution.observing import Flow, ObservingContext, Role, find_blocks
+from agcl.attribution.lrp import Rule, check_free, evaluation_mode, in_force
+from agcl.attribution.observing import Flow, ObservingContext, find_blocks
 from agcl.attribution.relevance import _accepted_arguments, _check_sample, _ordinary, _recording, _stand_ins
 from agcl.attribution.support import check_choice, refusals
 from agcl.errors import AgclError, UnsupportedModelError
@@ -73,6 +73,7 @@ def check_model(
     )
     if check.refusals:
         return check
+    check_free(model)
     with _recording():
         try:
             return _checked(check, model, floating, input_ids, positions, targets)
@@ -89,13 +90,14 @@ def _checked(
     targets: Tensor | None,
 ) -> ModelCheck:
     input_ids = _random_prompt(model) if input_ids is None else _ordinary(input_ids)
+    positions = _answer_positions(input_ids, positions, targets)
     outputs: list[Tensor] = []
     with evaluation_mode(model):
         # The parameters require a gradient here too: kernels may be chosen by that.
         stand_ins = _stand_ins(model, floating)
         name, blocks = find_blocks(model, lambda: outputs.append(_logits(model, stand_ins, input_ids).detach()))
     plain = outputs[0]
-    sample = (input_ids, *_answer(plain, input_ids, positions, targets))
+    sample = (input_ids, positions, _targets(plain[0, positions], targets))
     passes = [_observe(model, rule, blocks, floating if rule == check.rule else {}, sample) for rule in _RULES]
     main, conserving = passes[_RULES.index(check.rule)], passes[_RULES.index("cplrp")]
     inside = [found.logits for found in passes if found.logits is not None]
@@ -198,27 +200,32 @@ def _random_prompt(model: Any) -> Tensor:
             f"`{type(model).__name__}` has no token embeddings to draw a prompt for; give `input_ids`."
         ) from None
     config = getattr(model, "config", None)
-    special = {value for key, value in vars(config).items() if key.endswith("_token_id")} if config else set()
+    special: set[Any] = set()
+    for key, value in vars(config).items() if config else ():
+        if key.endswith("_token_id"):
+            special.update(value if isinstance(value, (list, tuple)) else [value])
     usual = [token for token in range(num_tokens) if token not in special] or [0]
     length = min(_PROMPT_TOKENS, getattr(config, "max_position_embeddings", None) or _PROMPT_TOKENS)
     drawn = torch.randint(len(usual), (1, length), generator=torch.Generator().manual_seed(_SEED))
     return torch.tensor(usual)[drawn].to(device)
 
 
-def _answer(
-    logits: Tensor, input_ids: Tensor, positions: Tensor | None, targets: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    length = input_ids.shape[1]
+def _answer_positions(input_ids: Tensor, positions: Tensor | None, targets: Tensor | None) -> Tensor:
+    if positions is None and targets is not None:
+        raise AgclError("`targets` is given without `positions`; give the indices of the logits that predict them.")
     if positions is None:
-        if targets is not None:
-            raise AgclError("`targets` is given without `positions`; give the indices of the logits that predict them.")
+        length = input_ids.shape[-1]
         positions = torch.arange(max(length - _ANSWER_TOKENS, 0), length)
-    positions = _ordinary(positions).to(logits.device)
-    targets = logits[0, positions].argmax(-1) if targets is None else _ordinary(targets).to(logits.device)
-    _check_sample(input_ids, None, positions, targets)
+    _check_sample(input_ids, None, positions, torch.zeros_like(positions) if targets is None else targets)
+    return _ordinary(positions).to(input_ids.device)
+
+
+def _targets(logits: Tensor, targets: Tensor | None) -> Tensor:
+    if targets is None:
+        return logits.argmax(-1)
     if int(targets.max()) >= logits.shape[-1]:
         raise AgclError(f"`targets` holds {int(targets.max())}, but the vocabulary has {logits.shape[-1]} tokens.")
-    return positions, targets
+    return _ordinary(targets).to(logits.device)
 
 
 def _coarsest_dtype(parameters: Iterable[Tensor]) -> torch.dtype:
@@ -232,25 +239,30 @@ def _ending(flows: list[Flow], *, gross: bool = False) -> float:
 
 def _balances(flows: list[Flow], name: str, num_blocks: int, target: float) -> list[LayerBalance]:
     """One balance per layer, from the embeddings to the head."""
+    head, embeddings = 2 * num_blocks, 0
 
-    def total(places: Iterable[int], *roles: Role) -> float:
-        return sum(flow.relevance for flow in flows if flow.place in places and flow.role in roles)
+    def row(place: int) -> int:
+        return place if place % 2 or place == head else embeddings  # what lies between blocks counts as the latter
 
-    above, between = [2 * num_blocks], range(0, 2 * num_blocks, 2)
-    rows = [("head", target, total([above[0] - 1], "block output"), total(above, "additive", "input"))]
-    for index in reversed(range(num_blocks)):
-        place = [2 * index + 1]
-        ending = total(place, "additive", "input")
-        rows.append((f"{name}.{index}", total(place, "block output"), total(place, "block input"), ending))
-    first = total([1], "block input")
-    rows.append(("embeddings", first, total(between, "input"), total(between, "additive")))
-    all_lost = target - _ending(flows)
+    at_output, at_input, additive = (defaultdict[int, float](float) for _ in range(3))
+    at_output[head] = target
+    for flow in flows:
+        place, origin = row(flow.place), row(flow.origin)
+        if flow.role == "crossing" and place != origin:
+            at_output[origin] += flow.relevance
+            at_input[place] += flow.relevance
+        elif flow.role == "input":
+            at_input[place] += flow.relevance
+        elif flow.role == "additive":
+            additive[place] += flow.relevance
+    blocks = {2 * index + 1: f"{name}.{index}" for index in range(num_blocks)}
+    names = {head: "head", embeddings: "embeddings", **blocks}
+    scale = abs(target) or math.inf
     balances: list[LayerBalance] = []
-    lost_above = 0.0
-    for row, at_output, at_input, additive in rows:
-        # What passes by the blocks, or is lost between them, is found by what the others leave unexplained.
-        lost = all_lost - lost_above if row == "embeddings" else at_output - at_input - additive
-        lost_above += lost
-        scale = abs(target) or math.inf
-        balances.append(LayerBalance(row, at_output, at_input, additive, lost / scale, abs(lost_above) / scale))
+    lost_so_far = 0.0
+    for place in sorted(names, reverse=True):
+        lost = (at_output[place] - at_input[place] - additive[place]) / scale
+        lost_so_far += lost
+        ends = at_output[place], at_input[place], additive[place]
+        balances.append(LayerBalance(names[place], *ends, lost, abs(lost_so_far)))
     return balances[::-1]

@@ -127,8 +127,9 @@ def unknown_operation(operation: Callable[..., Any], root: nn.Module) -> Unsuppo
     Returns:
         The error, to be raised.
     """
+    name, where = operation_name(operation), _enclosing_module(root)
     return UnsupportedModelError(
-        f"No relevance rule for `{operation_name(operation)}` in {_enclosing_module(root)}. If it is linear, declare it with "
+        f"No relevance rule for `{name}` in {where}. If it is linear, declare it with "
         '`agcl.attribution.OPERATIONS[operation] = "linear"`; otherwise use another model or layer implementation.'
     )
 

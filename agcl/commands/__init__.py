@@ -1,0 +1,1 @@
+"""What the command line offers beside training, one module per command."""
