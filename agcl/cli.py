@@ -12,17 +12,20 @@ def main(args: Sequence[str] | None = None) -> None:
     words = sys.argv[1:] if args is None else list(args)
     try:
         if words and words[0] in commands.COMMANDS:
-            commands.run(words)
+            status = commands.run(words)
         else:
             from agcl import lightning_cli  # seconds to import, which the other commands do without
 
             lightning_cli.run(args, epilog=commands.help_text())
+            status = 0
     except (ValueError, OSError) as error:
         # What the operating system says (no space left, permission denied) names its file already.
         user_error = error if isinstance(error, OSError) else _user_error(error)
         if user_error is None:
             raise
         sys.exit(f"agcl: error: {user_error}")
+    if status:
+        sys.exit(status)
 
 
 def _user_error(error: BaseException | None) -> AgclError | None:

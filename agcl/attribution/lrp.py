@@ -10,7 +10,7 @@ import itertools
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -40,11 +40,11 @@ class LRPContext:
             require a gradient and be kept in ``inputs`` until the next forward pass or the end of the context.
     """
 
-    def __init__(self, model: nn.Module, rule: Rule) -> None:
+    def __init__(self, model: nn.Module, rule: Rule, mode: RuleMode | None = None) -> None:
         self.model = model
         self.rule = rule
         self.keep_inputs = False
-        self._mode = RuleMode(model, cut=rule == "cplrp")
+        self._mode = mode or RuleMode(model, cut=rule == "cplrp")
         self._depth = 0
         self._is_transformer = any(isinstance(module, PreTrainedModel) for module in model.modules())
 
@@ -148,6 +148,9 @@ class LRPContext:
         return self._mode.activation_output(args[0], outputs)
 
 
+_Context = TypeVar("_Context", bound=LRPContext)
+
+
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Switch dropout and checkpointing off for a while.
@@ -205,13 +208,41 @@ def lrp_rules(model: nn.Module, rule: Rule = "attnlrp") -> Iterator[LRPContext]:
     """
     check_choice("rule", rule, Rule)
     check_supported(model)
+    with in_force(LRPContext(model, rule)) as context:
+        yield context
+
+
+@contextmanager
+def in_force(context: _Context) -> Iterator[_Context]:
+    """Put the rules of ``context`` on its model for a while; :func:`lrp_rules` for a context made elsewhere.
+
+    Args:
+        context: Not in force yet.
+
+    Yields:
+        ``context``.
+
+    Raises:
+        AgclError: If rules are on already for the model or a part of it.
+    """
+    check_free(context.model)
+    with evaluation_mode(context.model), ExitStack() as stack:
+        context._attach(stack)
+        yield context
+
+
+def check_free(model: nn.Module) -> None:
+    """Raise if rules are on for a model.
+
+    Args:
+        model: The model to attribute.
+
+    Raises:
+        AgclError: If rules are on already for it or a part of it.
+    """
     for module in model.modules():
         hooks = module._forward_pre_hooks
         if hooks and any(isinstance(getattr(hook, "__self__", None), LRPContext) for hook in hooks.values()):
             raise AgclError(
                 f"`lrp_rules` is on already for this `{type(model).__name__}` or a part of it; leave it first."
             )
-    context = LRPContext(model, rule)
-    with evaluation_mode(model), ExitStack() as stack:
-        context._attach(stack)
-        yield context

@@ -62,6 +62,28 @@ class RuleMode(TorchFunctionMode):
             self._level(tensor)
             tensor.__dict__.pop(MARK, None)
 
+    def refuse_operation(self, operation: _Operation) -> None:
+        """Refuse an operation on activations that no rule covers; if this returns, its ordinary gradient passes.
+
+        Args:
+            operation: What torch was asked to do.
+
+        Raises:
+            UnsupportedModelError: Always; a subclass may take note instead.
+        """
+        raise unknown_operation(operation, self.model)
+
+    def refuse_value(self, tensor: Tensor) -> None:
+        """Refuse a value that came about out of sight; if this returns, it counts as an activation.
+
+        Args:
+            tensor: The value, with a ``grad_fn``.
+
+        Raises:
+            UnsupportedModelError: Always; a subclass may take note instead.
+        """
+        raise invisible_operation(tensor.grad_fn, self.model)
+
     def add_input(self, tensor: Tensor) -> Tensor:
         """Mark an activation that enters the model.
 
@@ -127,7 +149,9 @@ class RuleMode(TorchFunctionMode):
         if type(node).__name__ == "BackwardHookFunctionBackward":  # the identity in front of a module's backward hook
             self._record(tensor, ACTIVATION)
             return ACTIVATION
-        raise invisible_operation(node, self.model)
+        self.refuse_value(tensor)
+        self._record(tensor, ACTIVATION)
+        return ACTIVATION
 
     def _levels(self, args: _Arguments, kwargs: dict[str, Any]) -> int:
         """The highest level among all arguments."""
@@ -158,7 +182,7 @@ class RuleMode(TorchFunctionMode):
         level = self._levels(args, kwargs)
         result = func(*args, **kwargs)
         if level >= ACTIVATION and any(map(_is_real_or_complex, _tensors(result))):
-            raise unknown_operation(func, self.model)
+            self.refuse_operation(func)
         return self._record(result, level)
 
     def _constant(self, func: _Operation, args: _Arguments, kwargs: dict[str, Any]) -> Any:
@@ -217,7 +241,8 @@ class RuleMode(TorchFunctionMode):
         self, func: _Operation, args: _Arguments, kwargs: dict[str, Any]
     ) -> tuple[_Arguments, dict[str, Any]]:
         if getattr(func, "__name__", "").endswith("_") and self._level(args[0]) == ACTIVATED:
-            raise unknown_operation(func, self.model)  # the gate itself would be overwritten
+            self.refuse_operation(func)  # the gate itself would be overwritten
+            return args, kwargs
 
         def cut(value: Any) -> Any:
             if isinstance(value, (list, tuple)):
@@ -258,7 +283,8 @@ class RuleMode(TorchFunctionMode):
         if exponent is None:
             exponent = kwargs.get("exponent", args[1] if len(args) > 1 else None)
         if not isinstance(exponent, (int, float)):
-            raise unknown_operation(func, self.model)
+            self.refuse_operation(func)
+            return self._record(func(*args, **kwargs), ACTIVATION)
         if exponent <= 0:
             return self._normaliser(func, args, kwargs)
         # d(x^n) = n x^(n-1), and the identity rule wants y / x = x^(n-1).
@@ -299,7 +325,8 @@ class RuleMode(TorchFunctionMode):
         if level < ACTIVATION:
             return self._record(func(*args, **kwargs), level)
         if kwargs.get("inplace") or not args:
-            raise unknown_operation(func, self.model)
+            self.refuse_operation(func)
+            return self._record(func(*args, **kwargs), ACTIVATION)
         self._fire("identity")
         with torch.no_grad():
             outputs = func(*args, **kwargs)

@@ -1,7 +1,9 @@
 """What attribution refuses before it starts, since it could not see into it, and how the refusals are worded."""
 
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from types import FrameType
 from typing import Any, get_args
 
@@ -42,12 +44,39 @@ def check_supported(model: nn.Module) -> None:
         UnsupportedModelError: If it or a part of it is compiled, runs attention in another kernel than sdpa or eager,
             has hub kernels in place of its layers, or is an encoder-decoder model.
     """
+    for refusal in _refusals(model):
+        raise refusal
+
+
+def refusals(model: nn.Module) -> list[str]:
+    """All that :func:`check_supported` would refuse, one message for each, in the order of the modules.
+
+    Args:
+        model: The model to attribute.
+
+    Returns:
+        Messages with the remedy; empty if nothing stands in the way.
+
+    Raises:
+        AgclError: If it is no module.
+    """
+    # A model and the inner model that it wraps are refused for the same reason: the outer one's name is enough.
+    messages = {re.sub(r"^`[^`]*`", "", str(refusal)): str(refusal) for refusal in reversed(list(_refusals(model)))}
+    return list(reversed(messages.values()))
+
+
+def _refusals(model: nn.Module) -> Iterator[UnsupportedModelError]:
     if not isinstance(model, nn.Module):
         raise AgclError(f"`model` is a {type(model).__name__}; give a torch.nn.Module.")
     for module in model.modules():
-        _check_python(module, model)
+        checks: list[Callable[[], None]] = [partial(_check_python, module, model)]
         if isinstance(module, PreTrainedModel):
-            _check_transformer(module)
+            checks.append(partial(_check_transformer, module))
+        for check in checks:
+            try:
+                check()
+            except UnsupportedModelError as refusal:
+                yield refusal
 
 
 def _check_python(module: nn.Module, model: nn.Module) -> None:
@@ -98,9 +127,9 @@ def unknown_operation(operation: Callable[..., Any], root: nn.Module) -> Unsuppo
     Returns:
         The error, to be raised.
     """
-    name = resolve_name(operation) or getattr(operation, "__name__", repr(operation))
+    name, where = operation_name(operation), _enclosing_module(root)
     return UnsupportedModelError(
-        f"No relevance rule for `{name}` in {_enclosing_module(root)}. If it is linear, declare it with "
+        f"No relevance rule for `{name}` in {where}. If it is linear, declare it with "
         '`agcl.attribution.OPERATIONS[operation] = "linear"`; otherwise use another model or layer implementation.'
     )
 
@@ -122,13 +151,36 @@ def invisible_operation(gradient_node: Any, root: nn.Module) -> UnsupportedModel
     )
 
 
+def operation_name(operation: Callable[..., Any]) -> str:
+    """Dotted name of a torch operation.
+
+    Args:
+        operation: A function, as handed to ``__torch_function__``.
+
+    Returns:
+        For example ``torch.Tensor.add``.
+    """
+    return resolve_name(operation) or getattr(operation, "__name__", repr(operation))
+
+
 def _enclosing_module(root: nn.Module) -> str:
-    """Name the innermost module on the call stack; reading the stack costs nothing until something is refused."""
+    return _described(enclosing_module(root), root)
+
+
+def enclosing_module(root: nn.Module) -> nn.Module:
+    """The innermost module on the call stack; reading the stack costs nothing until something is refused.
+
+    Args:
+        root: The model under attribution.
+
+    Returns:
+        ``root`` or a part of it.
+    """
     parts = {id(module) for module in root.modules()}
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         candidate = frame.f_locals.get("self")
         if isinstance(candidate, nn.Module) and id(candidate) in parts:
-            return _described(candidate, root)
+            return candidate
         frame = frame.f_back
-    return _described(root, root)
+    return root

@@ -9,9 +9,10 @@ from typing import Any
 from docstring_parser import DocstringStyle, parse
 from jsonargparse import ArgumentParser, Namespace
 
+from agcl.commands.check_model import check_model
 from agcl.commands.importance import compare, merge, show
 
-Command = Callable[..., None]
+Command = Callable[..., int | None]
 
 COMMANDS: dict[str, Command | dict[str, Any]] = {
     "importance": {
@@ -20,6 +21,7 @@ COMMANDS: dict[str, Command | dict[str, Any]] = {
         "merge": merge,
         "compare": compare,
     },
+    "check-model": check_model,
 }
 """What may follow ``agcl``: a function, or a mapping of further words to functions, ``_help`` saying what it is.
 
@@ -30,8 +32,11 @@ keyword-only parameter an option, a required one if it has no default; ``bool`` 
 _Parser = partial(ArgumentParser, formatter_class=HelpFormatter)
 
 
-def run(args: Sequence[str]) -> None:
+def run(args: Sequence[str]) -> int:
     """Run the command that the arguments name, the first of which is a key of ``COMMANDS``.
+
+    Returns:
+        Exit status: what the command returned, or 0.
 
     Raises:
         AgclError: What the command refuses. Wrong arguments end the program with status 2, as in any argparse program.
@@ -43,7 +48,7 @@ def run(args: Sequence[str]) -> None:
     while isinstance(chosen, Mapping):
         word = values.subcommand
         chosen, values = chosen[word], values[word]
-    chosen(*_positional(chosen, values), **values.as_dict())
+    return chosen(*_positional(chosen, values), **values.as_dict()) or 0
 
 
 def help_text() -> str:
