@@ -71,13 +71,19 @@ def equal(left, right):
 
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("strength", [1.0, 2.5])
-def test_sgd_step_in_closed_form(gate, strength):
+@pytest.mark.parametrize("importance_dtype", [torch.uint8, torch.uint16, torch.float64])
+def test_sgd_step_in_closed_form(monkeypatch, gate, strength, importance_dtype):
+    monkeypatch.setattr("agcl.gating.plasticity._CPU_CHUNK", 6)
     model = make_model(torch.float64)
     old = weights(model)
     gradients = torch.autograd.grad(loss_of(model), list(model.parameters()))
     importance = random_importance(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with gate(model.named_parameters(), importance, strength).attach(optimizer):
+    given = {
+        name: levels.double() / 255 if importance_dtype == torch.float64 else as_importance(levels, importance_dtype)
+        for name, levels in importance.items()
+    }
+    with gate(model.named_parameters(), given, strength).attach(optimizer):
         loss_of(model).backward()
         optimizer.step()
     for new, before, gradient, levels in zip(model.parameters(), old, gradients, importance.values(), strict=True):
@@ -100,14 +106,17 @@ def test_update_gate_freezes_at_one_and_is_absent_at_zero(name, dtype):
     assert not equal(weights(plain), start)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_update_gate_is_exact_entry_by_entry(dtype):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("importance_dtype", [torch.uint8, torch.uint16, torch.float32])
+@pytest.mark.parametrize("strength", [1.0, 2.5])
+def test_update_gate_is_exact_entry_by_entry(dtype, importance_dtype, strength):
     """Zeros and ones mixed in a tensor, so that neither the copy nor the blend is skipped."""
     plain, gated = make_model(dtype), make_model(dtype)
     optimizers = [OPTIMIZERS["adamw"](model.parameters()) for model in (plain, gated)]
     start = weights(gated)
     importance = {name: (torch.rand(p.shape) < 0.5).float() for name, p in gated.named_parameters()}
-    with UpdateGate(gated.named_parameters(), importance).attach(optimizers[1]):
+    given = {name: as_importance((255 * value).to(torch.uint8), importance_dtype) for name, value in importance.items()}
+    with UpdateGate(gated.named_parameters(), given, strength).attach(optimizers[1]):
         for model, optimizer in zip((plain, gated), optimizers, strict=True):
             train(model, optimizer, num_steps=1)
     for new, free, before, value in zip(weights(gated), weights(plain), start, importance.values(), strict=True):
@@ -171,6 +180,19 @@ def test_gradient_gate_scales_in_autocast():
             loss = loss_of(model)
         loss.backward()
     assert equal([p.grad for p in parameters], [g / 2 for g in plain])
+
+
+def test_gradient_gate_on_sparse_and_strided_gradients(monkeypatch):
+    monkeypatch.setattr("agcl.gating.plasticity._CPU_CHUNK", 2)
+    table, weight = nn.Parameter(torch.rand(4, 3)), nn.Parameter(torch.rand(4, 3))
+    importance = {"table": torch.rand(4, 3), "weight": torch.rand(4, 3)}
+    with GradientGate([("table", table), ("weight", weight)], importance).attach(torch.optim.SGD([table, weight])):
+        nn.functional.embedding(torch.tensor([1, 1, 3]), table, sparse=True).sum().backward()
+        factor = torch.rand(3, 4)
+        (weight.T * factor).sum().backward()  # the gradient at the weight is a transposed tensor
+    counts = torch.tensor([0.0, 2.0, 0.0, 1.0])[:, None]
+    torch.testing.assert_close(table.grad.to_dense(), counts * (1 - importance["table"]))
+    torch.testing.assert_close(weight.grad, factor.T * (1 - importance["weight"]))
 
 
 def test_gradient_gate_keeps_the_graph_for_double_backward():
@@ -272,12 +294,16 @@ def test_closure_and_plain_step_agree():
     assert equal(*results)
 
 
+class Foreign(torch.optim.SGD):
+    """Not one of torch's own, so all gated weights are copied at once, before the step."""
+
+
 def test_only_gated_parameters_with_a_gradient_are_copied():
     model = make_model()
     importance = uniform(model, 9)
     del importance["2.weight"]
     importance["0.bias"].zero_()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = Foreign(model.parameters(), lr=0.1)
     gate = UpdateGate(model.named_parameters(), importance).attach(optimizer)
     loss_of(model).backward()
     model[2].bias.grad = None
@@ -331,7 +357,7 @@ def test_exceptions_leave_nothing_behind():
 
 def test_copy_of_a_step_that_raised_is_dropped_by_the_next_step_or_detach():
     model = make_model()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = Foreign(model.parameters(), lr=0.1)
     gate = UpdateGate(model.named_parameters(), uniform(model, 255)).attach(optimizer)
 
     def fail(*_):
@@ -510,30 +536,34 @@ def test_strength_zero_is_no_gate(gate):
 
 
 @pytest.mark.parametrize("strength", [0.5, 1.0, 3.0])
-def test_plasticity_is_the_mean_for_uint8_and_float(strength):
+def test_plasticity_is_the_mean_for_fixed_point_and_float(monkeypatch, strength):
+    monkeypatch.setattr("agcl.gating.plasticity._CPU_CHUNK", 6)
     model = make_model()
     importance = random_importance(model)
-    as_float = {name: dequantise(levels) for name, levels in importance.items()}
-    for given in (importance, as_float):
+    for dtype in (torch.uint8, torch.uint16, torch.float32):
+        given = {name: as_importance(levels, dtype) for name, levels in importance.items()}
         found = UpdateGate(model.named_parameters(), given, strength).plasticity()
         for name, levels in importance.items():
             expected = ((1 - levels.double() / 255) ** strength).mean()
             assert found[name] == pytest.approx(float(expected), rel=1e-6)
 
 
-@pytest.mark.parametrize("importance_dtype", [torch.uint8, torch.float16, torch.float64])
+def as_importance(levels, dtype):
+    """uint8 levels as the same importance in another dtype; 255 * 257 = 65535."""
+    if dtype == torch.uint8:
+        return levels
+    return (levels.int() * 257).to(dtype) if dtype == torch.uint16 else dequantise(levels).to(dtype)
+
+
+@pytest.mark.parametrize("importance_dtype", [torch.uint8, torch.uint16, torch.float16, torch.float64])
 def test_update_gate_in_chunks_and_on_strided_weights(monkeypatch, importance_dtype):
-    monkeypatch.setattr("agcl.gating._CPU_CHUNK", 6)
+    monkeypatch.setattr("agcl.gating.plasticity._CPU_CHUNK", 6)
     strided = nn.Parameter(torch.randn(5, 4).T.detach().requires_grad_())
     flat, scalar = nn.Parameter(torch.randn(17)), nn.Parameter(torch.tensor(2.0))
     named = {"strided": strided, "flat": flat, "scalar": scalar, "empty": nn.Parameter(torch.empty(0, 3))}
     assert not strided.is_contiguous()
     levels = {name: torch.randint(256, p.shape, dtype=torch.uint8) for name, p in named.items()}
-    given = (
-        levels
-        if importance_dtype == torch.uint8
-        else {n: dequantise(v).to(importance_dtype) for n, v in levels.items()}
-    )
+    given = {name: as_importance(value, importance_dtype) for name, value in levels.items()}
     start = {name: p.detach().clone() for name, p in named.items()}
     optimizer = torch.optim.SGD(named.values(), lr=1.0)
     for p in named.values():
@@ -661,6 +691,7 @@ def test_gradient_gate_under_momentum_scales_the_whole_step():
 
 def test_shuffled_keeps_the_values_and_ignores_the_other_tensors():
     importance = {"a": torch.arange(200, dtype=torch.uint8).view(20, 10), "b": torch.rand(30), "empty": torch.rand(0)}
+    importance["fine"] = importance["a"].to(torch.uint16)
     first = shuffled(importance, seed=1)
     for name, values in importance.items():
         assert first[name].shape == values.shape
@@ -685,6 +716,7 @@ def test_flattened_has_the_same_mean():
             torch.testing.assert_close(values, torch.full(values.shape, expected))
         gate = UpdateGate(model.named_parameters(), flat).attach(torch.optim.SGD(model.parameters(), lr=0.1))
         assert gate.plasticity()["0.bias"] == pytest.approx(1 - (means["0.bias"] if scope == "tensor" else overall))
+    assert flattened({"a": torch.tensor([0, 65535], dtype=torch.uint16)})["a"].tolist() == [0.5, 0.5]
     assert flattened({"a": torch.tensor([0.2, 0.4])})["a"].tolist() == pytest.approx([0.3, 0.3])
     with pytest.raises(AgclError, match="`scope` is 'row'"):
         flattened(importance, "row")

@@ -1,0 +1,139 @@
+"""What the gates share: a parameter with its importance, and a gate's life cycle on an optimizer."""
+
+import math
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Self
+
+from torch import Tensor, equal, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from ..errors import AgclError
+from .plasticity import summary
+
+
+class GatedParameter:
+    """One parameter and its importance; does not keep the parameter alive."""
+
+    def __init__(self, name: str, parameter: nn.Parameter, importance: Tensor, strength: float) -> None:
+        if importance.shape != parameter.shape:
+            raise AgclError(
+                f"Importance of `{name}` has shape {tuple(importance.shape)}, the parameter {tuple(parameter.shape)}; "
+                "use the importance with the model it was computed for."
+            )
+        self.name = name
+        self.strength = strength
+        self.reference = weakref.ref(parameter)
+        self.importance = importance.detach()
+        self._local: Tensor | None = None
+        self.mean_plasticity, self.is_open = summary(name, self.importance, strength)
+
+    def local_importance(self, parameter: Tensor) -> Tensor:
+        """Importance beside the parameter: on its device and, where it is sharded (DTensor), this rank's shard."""
+        if self._local is None or self._local.device != parameter.device:
+            self.importance = self.importance.to(parameter.device)
+            self._local = _shard_like(parameter, self.importance)
+        return self._local
+
+
+class Gate:
+    """What both gates share: which parameters are gated, and the life cycle on an optimizer."""
+
+    def __init__(
+        self,
+        named_parameters: Iterable[tuple[str, nn.Parameter]],
+        importance: Mapping[str, Tensor],
+        strength: float = 1.0,
+    ) -> None:
+        if not 0 <= strength < math.inf:
+            raise AgclError(f"`strength` is {strength}; choose a finite number >= 0 (1: the paper's gate, 0: no gate).")
+        self.strength = float(strength)
+        self._gated: dict[int, GatedParameter] = {}
+        unknown = set(importance)
+        for name, parameter in named_parameters:
+            unknown.discard(name)
+            if name not in importance:
+                continue
+            twin = self._gated.get(id(parameter))
+            if twin is not None and not equal(twin.importance, importance[name]):
+                raise AgclError(f"`{name}` and `{twin.name}` are one parameter; give its importance under one name.")
+            if twin is None:
+                self._gated[id(parameter)] = GatedParameter(name, parameter, importance[name], self.strength)
+        if unknown:
+            raise AgclError(
+                f"Importance of `{min(unknown)}`: no parameter of that name; use the names of named_parameters()."
+            )
+        self._handles: list[RemovableHandle] = []
+        self._is_attached = False
+
+    def attach(self, optimizer: Optimizer) -> Self:
+        """Start gating the parameters that ``optimizer`` holds.
+
+        Returns:
+            The gate, so that ``with gate.attach(optimizer):`` gates for the duration of the block.
+
+        Raises:
+            AgclError: If the gate is attached already, or the optimizer holds none of the gated parameters.
+        """
+        if self._is_attached:
+            raise AgclError(f"This {type(self).__name__} is attached already; call detach() first.")
+        held = [gated for parameter in parameters_of(optimizer) if (gated := self._find(parameter)) is not None]
+        if not held:
+            raise AgclError(
+                "The optimizer holds none of the gated parameters; build the gate from the model it trains."
+            )
+        self._install(optimizer, held)
+        self._is_attached = True
+        return self
+
+    def detach(self) -> None:
+        """Stop gating and remove every hook; harmless if not attached. The gate may be attached again."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._is_attached = False
+
+    def plasticity(self) -> dict[str, float]:
+        """Mean of ``(1 - importance) ** strength`` over each gated parameter, in [0, 1]; 0: frozen, 1: free."""
+        return {gated.name: gated.mean_plasticity for gated in self._gated.values()}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.detach()
+
+    def _find(self, parameter: Tensor) -> GatedParameter | None:
+        gated = self._gated.get(id(parameter))
+        # The id of a parameter that is gone may have been given to another one.
+        return gated if gated is not None and gated.reference() is parameter else None
+
+    def _install(self, optimizer: Optimizer, held: list[GatedParameter]) -> None:
+        raise NotImplementedError
+
+
+def parameters_of(optimizer: Optimizer) -> Iterator[nn.Parameter]:
+    """All that it holds, group by group."""
+    return (parameter for group in optimizer.param_groups for parameter in group["params"])
+
+
+def _shard_like(parameter: Any, full: Tensor) -> Tensor:
+    """This rank's part of ``full`` where the parameter is a DTensor, else ``full``."""
+    if not is_sharded(parameter):
+        return full
+    from torch.distributed.tensor import distribute_tensor
+
+    # Every rank holds the same importance: no communication.
+    return distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None).to_local()
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether it is a DTensor, without importing torch.distributed.tensor."""
+    return hasattr(parameter, "device_mesh")
+
+
+def local_part(parameter: Tensor) -> Tensor:
+    """The memory behind a parameter: this rank's shard of a DTensor, else the parameter itself, detached."""
+    detached: Any = parameter.detach()
+    return detached.to_local() if is_sharded(detached) else detached
