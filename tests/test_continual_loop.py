@@ -201,15 +201,10 @@ def test_resumed_run_equals_the_straight_one(
 
 def test_resuming_after_a_task_without_importance(llama_folder, task_files, tmp_path, monkeypatch):
     """Nothing is answered correctly at the first boundary; resuming inside task 2 must not make up for it."""
-    from agcl.callbacks import attribution as module
+    from agcl.attribution import relevance
 
-    original = module.attribute_sample
     correct = {"now": False}
-
-    def attribute_sample(*args, only_correct, **kwargs):
-        return original(*args, only_correct=False, **kwargs) if correct["now"] or not only_correct else False
-
-    monkeypatch.setattr(module, "attribute_sample", attribute_sample)
+    monkeypatch.setattr(relevance, "is_correct", lambda *args: correct["now"])
     model, data = build(llama_folder, task_files)
     callbacks = [attribution(), CrashAt(8), checkpoints(tmp_path, 1)]
     with pytest.raises(CrashError):

@@ -9,12 +9,16 @@ from typing import TYPE_CHECKING, Any
 _HOMES = {
     "OPERATIONS": "operations",
     "Consumer": "relevance",
-    "GradientRule": "relevance",
+    "GradientRule": "passes",
     "ImportanceConfig": "importance",
     "LRPContext": "lrp",
     "RunningMerge": "merging",
     "Rule": "lrp",
+    "ModelCheck": "checkreport",
+    "Sample": "passes",
+    "attribute_batch": "relevance",
     "attribute_sample": "relevance",
+    "check_model": "selfcheck",
     "check_importance": "artefact",
     "conservation_error": "relevance",
     "fingerprint": "fingerprints",
@@ -33,10 +37,14 @@ __all__ = [
     "GradientRule",
     "ImportanceConfig",
     "LRPContext",
+    "ModelCheck",
     "Rule",
     "RunningMerge",
+    "Sample",
+    "attribute_batch",
     "attribute_sample",
     "check_importance",
+    "check_model",
     "conservation_error",
     "fingerprint",
     "load_importance",
@@ -50,19 +58,22 @@ __all__ = [
 
 if TYPE_CHECKING:
     from agcl.attribution.artefact import check_importance, load_importance, open_importance, save_importance
+    from agcl.attribution.checkreport import ModelCheck
     from agcl.attribution.fingerprints import fingerprint
     from agcl.attribution.importance import ImportanceConfig
     from agcl.attribution.lrp import LRPContext, Rule, lrp_rules
     from agcl.attribution.merging import RunningMerge, merge
     from agcl.attribution.operations import OPERATIONS
+    from agcl.attribution.passes import GradientRule, Sample
     from agcl.attribution.relevance import (
         Consumer,
-        GradientRule,
+        attribute_batch,
         attribute_sample,
         conservation_error,
         parameter_relevance,
         token_relevance,
     )
+    from agcl.attribution.selfcheck import check_model
 
 
 def __getattr__(name: str) -> Any:

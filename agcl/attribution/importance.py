@@ -9,6 +9,7 @@ Importance is uint8 fixed point, ``value / 255``: one byte per weight, 0 and 1 e
 """
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -20,8 +21,8 @@ from torch import Tensor
 from ..errors import AgclError
 
 Sign = Literal["positive", "absolute"]
-Normalisation = Literal["log", "rank", "quantile"]
-Scope = Literal["row", "tensor", "model"]
+Normalisation = Literal["log", "rank", "quantile", "none"]
+Scope = Literal["row", "tensor", "layer", "model"]
 
 _MAX_LEVEL = 255  # uint8 value that stands for importance 1
 _MODEL_SAMPLE_ENTRIES = 2**24
@@ -40,9 +41,12 @@ class ImportanceConfig:
             are clipped to zero at the end (Eq. 12).
         normalisation: ``"log"``: each sample is log-scaled by `log_scale` before the mean, which then lies in [0, 1].
             ``"quantile"``: ``s / (s + q)`` with ``q`` the ``quantile`` of the non-zero scores of the scope.
-            ``"rank"``: the fraction of the scope's entries that are strictly smaller.
+            ``"rank"``: the fraction of the scope's entries that are strictly smaller. ``"none"``: scores that are in
+            [0, 1] already (SPG) are taken as they are, larger ones as 1.
         scope: Entries that are compared with each other: a ``"row"`` (first dimension; a vector is one row), a
-            ``"tensor"`` or the whole ``"model"``. Not used by ``"log"``, whose scale is per tensor and sample.
+            ``"tensor"``, a ``"layer"`` (parameters that share the first number in their name: a decoder block; those
+            without one are a layer of their own) or the whole ``"model"``. Not used by ``"log"``, whose scale is per
+            tensor and sample, nor by ``"none"``.
         quantile: Where ``"quantile"`` gives the importance 1/2, in (0, 1).
         top_k: Number of largest values per entry that are averaged, None for the mean over all samples.
         alpha: Steepness of the log scale, > 0.
@@ -223,10 +227,10 @@ def _chunk_entries(tensor: Tensor) -> int:
 def normalise(scores: dict[str, Tensor], config: ImportanceConfig) -> dict[str, Tensor]:
     """Turn scores into importance in [0, 1], stored as uint8 fixed point rounded to nearest.
 
-    Scores are sorted on the CPU, a tensor at a time. Scope ``"model"`` is exact up to 2^24 = 16.8 million entries; a
-    larger model is judged by a fixed pseudo-random sample of about that many, which places a rank with a standard
-    error below ``0.5 / sqrt(2^24) = 1.3e-4`` (of the sampled non-zero entries, for the quantile), less than the step
-    of uint8.
+    Scores are sorted on the CPU, a tensor at a time. Scopes ``"layer"`` and ``"model"`` are exact up to 2^24 = 16.8
+    million entries; larger ones are judged by a fixed pseudo-random sample of about that many, which places a rank
+    with a standard error below ``0.5 / sqrt(2^24) = 1.3e-4`` (of the sampled non-zero entries, for the quantile), less
+    than the step of uint8.
 
     Args:
         scores: Name to score, >= 0 and finite. **Consumed**: emptied, the tensors overwritten, so that no second
@@ -244,20 +248,43 @@ def normalise(scores: dict[str, Tensor], config: ImportanceConfig) -> dict[str, 
     for name, score in scores.items():
         if score.numel() and not (score.min() >= 0 and score.max() < torch.inf):
             raise AgclError(f"Score of `{name}` is negative or not finite; check the model's loss and precision.")
-    is_log, is_model = config.normalisation == "log", config.scope == "model"
-    yardstick = _yardstick(_model_sample(scores), config) if is_model and not is_log else None
+    takes_as_is = config.normalisation in ("log", "none")
+    yardsticks = {} if takes_as_is else _shared_yardsticks(scores, config)
     importance = {}
     for name in list(scores):
         score = scores.pop(name).float().contiguous()
         rows = score.flatten(1) if config.scope == "row" and score.ndim > 1 else score.view(1, -1)
         if not score.numel():
             levels = rows.to(torch.uint8)
-        elif is_log:
+        elif takes_as_is:
             levels = quantise(rows.clamp_(0, 1))
         else:
-            levels = _compare(rows, _yardstick(rows, config) if yardstick is None else yardstick, config)
+            levels = _compare(rows, yardsticks[name] if name in yardsticks else _yardstick(rows, config), config)
         importance[name] = levels.view(score.shape)
     return importance
+
+
+def _shared_yardsticks(scores: Mapping[str, Tensor], config: ImportanceConfig) -> dict[str, Tensor]:
+    """Name -> yardstick, where parameters are compared with each other; none for scopes within a tensor."""
+    groups: dict[str, dict[str, Tensor]] = {}
+    if config.scope in ("layer", "model"):
+        for name, score in scores.items():
+            groups.setdefault(layer_group(name) if config.scope == "layer" else "", {})[name] = score
+    found: dict[str, Tensor] = {}
+    for group in groups.values():
+        found |= dict.fromkeys(group, _yardstick(_spread_sample(group), config))
+    return found
+
+
+def layer_group(name: str) -> str:
+    """What scope ``"layer"`` compares a parameter with: those whose name is the same up to the first number.
+
+    Example:
+        >>> layer_group("model.layers.7.mlp.up_proj.weight"), layer_group("model.norm.weight")
+        ('model.layers.7', 'model.norm.weight')
+    """
+    found = re.match(r"(?:[^.]*\.)*?\d+(?=\.)", name)
+    return found[0] if found else name
 
 
 def _yardstick(rows: Tensor, config: ImportanceConfig) -> Tensor:
@@ -274,7 +301,7 @@ def _compare(rows: Tensor, yardstick: Tensor, config: ImportanceConfig) -> Tenso
     return quantise(rows.div_(rows + yardstick))
 
 
-def _model_sample(scores: Mapping[str, Tensor]) -> Tensor:
+def _spread_sample(scores: Mapping[str, Tensor]) -> Tensor:
     """All entries, or one at random of each ``stride`` consecutive ones (jitter: no aliasing with the row length)."""
     stride = math.ceil(sum(score.numel() for score in scores.values()) / _MODEL_SAMPLE_ENTRIES) or 1
     generator = torch.Generator().manual_seed(0)

@@ -1,25 +1,94 @@
-"""Relevance of parameters and tokens for the answer to one sample.
+"""Relevance of parameters and tokens for the answers to samples.
 
 The target is ``f = sum_k logits[0, positions[k], targets[k]]``; relevance is value times gradient under the rules of
-``lrp.py`` (arXiv 2605.05285, Sec. 4.1). The backward pass works on stand-ins that share the parameters' storage, so the
-user's ``.grad``, gradient hooks and ``requires_grad`` flags are never involved.
+``lrp.py`` (arXiv 2605.05285, Sec. 4.1).
 """
 
-import inspect
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from agcl.attribution.lrp import LRPContext, Rule, evaluation_mode, lrp_rules
+from agcl.attribution.lrp import Rule, lrp_rules
+from agcl.attribution.passes import (
+    GradientRule,
+    Sample,
+    answer_logits,
+    innermost,
+    is_correct,
+    make_stand_ins,
+    recording,
+    rules_of,
+    selected_parameters,
+    target_logit,
+)
 from agcl.attribution.support import check_choice
+from agcl.attribution.uses import ParameterUses, UnseenUseError, Use
 from agcl.errors import AgclError, UnsupportedModelError
 
-GradientRule = Literal["attnlrp", "cplrp", "none"]
 Consumer = Callable[[str, nn.Parameter, Tensor], None]
+Objective = Callable[[Tensor, Tensor], Tensor]
+
+
+def attribute_batch(
+    model: nn.Module,
+    samples: Sequence[Sample],
+    *,
+    consume: Consumer,
+    rule: GradientRule = "attnlrp",
+    parameters: Iterable[str] | None = None,
+    only_correct: bool = True,
+    per_sample: bool = True,
+    objective: Objective = target_logit,
+) -> list[bool]:
+    """Run samples forward and backward together and hand over each parameter's gradients as soon as they exist.
+
+    A full set of gradients never exists: each is dropped when ``consume`` returns. Works under ``torch.no_grad``,
+    ``torch.inference_mode`` and autocast, with adapters, with gradient checkpointing enabled and with gradient hooks on
+    the parameters (which do not fire). The relevance of a parameter is ``parameter.detach() * gradient``.
+
+    The gradient of each sample comes out of the one batched pass, from what each linear map, normalisation and
+    embedding received and sent back. Where a model uses parameters in another way (experts, ``1 + weight``), the
+    samples are run one by one.
+
+    Args:
+        model: A causal language model; its forward pass takes ``input_ids`` and returns ``logits``.
+        samples: At least one; padded on the right to one length, so choose samples of similar length.
+        consume: Called with ``(name, parameter, gradient)``: name as in ``model.named_parameters()``, the model's own
+            parameter and the gradient, same shape and dtype, which the callee may keep or change. Parameters that the
+            objective does not reach are not reported. Order is that of the backward pass, for one parameter that of
+            the samples.
+        rule: ``"attnlrp"``, ``"cplrp"``, or ``"none"`` for the ordinary gradient.
+        parameters: Names to attribute, whether they require a gradient or not; None means all that require one.
+        only_correct: Attribute only samples whose every target the model predicts (largest logit).
+        per_sample: Hand over a gradient per sample, or, if False, one of all samples' summed objectives, which is
+            cheaper and no longer tells samples apart.
+        objective: ``(logits (k, vocabulary), targets (k,)) -> scalar`` of one sample, whose gradient is taken.
+
+    Returns:
+        For each sample whether it was attributed; False if it was skipped as answered wrongly.
+
+    Raises:
+        AgclError: For malformed samples, targets outside the vocabulary, unknown rules or parameters.
+        UnsupportedModelError: As raised by :func:`lrp_rules`; also for sharded (DTensor) parameters.
+    """
+    check_choice("rule", rule, GradientRule)
+    if not samples:
+        raise AgclError("`samples` is empty; give at least one.")
+    selected = selected_parameters(model, parameters)
+    if per_sample and len(samples) > 1:
+        try:
+            return _one_pass(model, samples, selected, consume, rule, only_correct, objective)
+        except UnseenUseError:
+            batches = [[sample] for sample in samples]
+    else:
+        batches = [list(samples)]
+    return [
+        flag
+        for batch in batches
+        for flag in _summed(model, batch, None, selected, consume, rule, only_correct, objective)
+    ]
 
 
 def attribute_sample(
@@ -34,52 +103,167 @@ def attribute_sample(
     parameters: Iterable[str] | None = None,
     only_correct: bool = True,
 ) -> bool:
-    """Run one sample forward and backward and hand over each parameter's gradient of ``f`` as soon as it exists.
-
-    A full set of gradients never exists: each is dropped when ``consume`` returns. Works under ``torch.no_grad``,
-    ``torch.inference_mode`` and autocast, with adapters, with gradient checkpointing enabled and with gradient hooks on
-    the parameters (which do not fire). The relevance of a parameter is ``parameter.detach() * gradient``.
+    """:func:`attribute_batch` for one sample, whose attention mask may be given.
 
     Args:
-        model: A causal language model; its forward pass takes ``input_ids`` and ``attention_mask``, returns ``logits``.
+        model: See :func:`attribute_batch`.
         input_ids: Token ids, shape ``(1, seq)``, integer.
         attention_mask: 1 for tokens and 0 for padding, shape ``(1, seq)``, or None.
-        positions: Indices of the logits that predict the answer, shape ``(k,)``, integer, in [0, seq). The logits at
-            position ``p`` predict the token at ``p + 1``.
+        positions: Indices of the logits that predict the answer, shape ``(k,)``, integer, in [0, seq).
         targets: Token ids to attribute there, shape ``(k,)``, integer, in [0, vocabulary).
-        consume: Called with ``(name, parameter, gradient)``: name as in ``model.named_parameters()``, the model's own
-            parameter and the gradient, same shape and dtype, which the callee may keep or change. Parameters that
-            ``f`` does not reach are not reported. Order is that of the backward pass.
-        rule: ``"attnlrp"``, ``"cplrp"``, or ``"none"`` for the ordinary gradient.
-        parameters: Names to attribute, whether they require a gradient or not; None means all that require one.
-        only_correct: Attribute only if the model predicts every target (largest logit); skips the backward pass else.
+        consume: See :func:`attribute_batch`.
+        rule: See :func:`attribute_batch`.
+        parameters: See :func:`attribute_batch`.
+        only_correct: See :func:`attribute_batch`.
 
     Returns:
         True if the sample was attributed, False if it was skipped as answered wrongly.
 
     Raises:
-        AgclError: For a batch larger than one, wrong shapes or dtypes, empty or out-of-range positions, targets outside
-            the vocabulary, unknown rules or parameters.
-        UnsupportedModelError: As raised by :func:`lrp_rules`; also for sharded (DTensor) parameters.
+        AgclError: See :func:`attribute_batch`; also for a batch larger than one.
+        UnsupportedModelError: See :func:`attribute_batch`.
     """
     check_choice("rule", rule, GradientRule)
-    selected = _selected_parameters(model, parameters)
-    with _recording():
-        stand_ins = _stand_ins(model, selected)
-        with _rules(model, rule):
-            logits = _answer_logits(model, stand_ins, input_ids, attention_mask, positions, targets)
-        if only_correct and not bool((logits.argmax(-1) == targets.to(logits.device)).all()):
-            return False
-        target_logit = _target_logit(logits, targets)
-        if not target_logit.requires_grad:
-            return True  # none of the parameters is used in this forward pass
+    sample = single_sample(input_ids, attention_mask, positions, targets)
+    selected = selected_parameters(model, parameters)
+    return _summed(model, [sample], attention_mask, selected, consume, rule, only_correct, target_logit)[0]
+
+
+def single_sample(input_ids: Tensor, attention_mask: Tensor | None, positions: Tensor, targets: Tensor) -> Sample:
+    """The sample in a batch of one.
+
+    Args:
+        input_ids: Token ids, shape ``(1, seq)``.
+        attention_mask: Shape ``(1, seq)``, or None.
+        positions: See :class:`Sample`.
+        targets: See :class:`Sample`.
+
+    Returns:
+        The sample.
+
+    Raises:
+        AgclError: For other shapes.
+    """
+    if input_ids.dim() != 2 or input_ids.shape[0] != 1:
+        raise AgclError(f"`input_ids` has shape {tuple(input_ids.shape)}; give one sample, shape (1, seq).")
+    if attention_mask is not None and attention_mask.shape != input_ids.shape:
+        raise AgclError(
+            f"`attention_mask` has shape {tuple(attention_mask.shape)}, but `input_ids` {tuple(input_ids.shape)}; "
+            "give one value per token."
+        )
+    sample = Sample(input_ids[0], positions, targets)
+    sample.check()
+    return sample
+
+
+def _summed(
+    model: nn.Module,
+    samples: Sequence[Sample],
+    attention_mask: Tensor | None,
+    selected: dict[str, nn.Parameter],
+    consume: Consumer,
+    rule: GradientRule,
+    only_correct: bool,
+    objective: Objective,
+) -> list[bool]:
+    """Gradients of the samples' summed objectives."""
+    with recording():
+        stand_ins = make_stand_ins(model, selected)
+        with rules_of(model, rule):
+            logits = answer_logits(model, stand_ins, samples, attention_mask)
+        flags, total = _objective(logits, samples, only_correct, objective)
+        if total is None or not total.requires_grad:
+            return flags  # none of the parameters is used in this forward pass
         leaves = []
         for name, parameter in selected.items():
             leaf = stand_ins[name]
             leaf.register_post_accumulate_grad_hook(_consuming(name, parameter, consume))
             leaves.append(leaf)
-        torch.autograd.backward(target_logit, inputs=leaves)
-    return True
+        torch.autograd.backward(total, inputs=leaves)
+    return flags
+
+
+def _one_pass(
+    model: nn.Module,
+    samples: Sequence[Sample],
+    selected: dict[str, nn.Parameter],
+    consume: Consumer,
+    rule: GradientRule,
+    only_correct: bool,
+    objective: Objective,
+) -> list[bool]:
+    """Each sample's gradients from one batched pass."""
+    kept: list[int] = []
+    num_uses: dict[str, int] = dict.fromkeys(selected, 0)
+    arrived: dict[str, list[tuple[Use, Tensor]]] = {name: [] for name in selected}
+
+    def on_use(name: str, use: Use, output: Tensor) -> None:
+        if output.requires_grad:
+            num_uses[name] += 1
+            output.register_hook(lambda upstream: on_gradient(name, use, upstream))
+
+    def on_gradient(name: str, use: Use, upstream: Tensor) -> None:
+        arrived[name].append((use, upstream))
+        if len(arrived[name]) == num_uses[name]:
+            hand_over(name)
+
+    def hand_over(name: str) -> None:
+        parameter, parts = selected[name], arrived.pop(name)
+        for index in kept:
+            gradient: Tensor | None = None
+            for use, upstream in parts:
+                gradient = use.add_gradient(gradient, parameter.detach(), index, upstream)
+            if gradient is not None:
+                consume(name, parameter, gradient)
+
+    with recording():
+        stand_ins = make_stand_ins(model, selected)
+        uses = ParameterUses(
+            {name: stand_ins[name] for name in selected},
+            len(samples),
+            max(len(sample.input_ids) for sample in samples),
+            on_use,
+        )
+        with rules_of(model, rule), innermost(model, uses):
+            logits = answer_logits(model, stand_ins, samples)
+        flags, total = _objective(logits, samples, only_correct, objective)
+        kept += [index for index, flag in enumerate(flags) if flag]
+        if total is None or not total.requires_grad:
+            return flags
+        for name in selected:
+            stand_ins[name].register_hook(_refuse_unseen(name))
+        with torch.no_grad():
+            torch.autograd.backward(total, inputs=[*uses.roots, *(stand_ins[name] for name in selected)])
+            for name in [name for name, parts in arrived.items() if parts]:
+                hand_over(name)  # one of its uses was not reached
+    return flags
+
+
+def _objective(
+    logits: list[Tensor], samples: Sequence[Sample], only_correct: bool, objective: Objective
+) -> tuple[list[bool], Tensor | None]:
+    flags = [not only_correct or is_correct(row, sample.targets) for row, sample in zip(logits, samples, strict=True)]
+    terms = [objective(row, s.targets) for row, s, flag in zip(logits, samples, flags, strict=True) if flag]
+    return flags, torch.stack(terms).sum() if terms else None
+
+
+def _refuse_unseen(name: str) -> Callable[[Tensor], None]:
+    def hook(gradient: Tensor) -> None:
+        raise UnsupportedModelError(
+            f"Parameter {name!r} is used by an operation out of sight, so that samples cannot be told apart in a "
+            "batch; attribute one sample at a time (batch size 1)."
+        )
+
+    return hook
+
+
+def _consuming(name: str, parameter: nn.Parameter, consume: Consumer) -> Callable[[Tensor], None]:
+    def hook(leaf: Tensor) -> None:
+        gradient, leaf.grad = leaf.grad, None
+        if gradient is not None:
+            consume(name, parameter, gradient)
+
+    return hook
 
 
 def parameter_relevance(
@@ -115,7 +299,7 @@ def parameter_relevance(
         UnsupportedModelError: See :func:`lrp_rules`.
     """
     check_choice("rule", rule, Rule)
-    selected = _selected_parameters(model, parameters)
+    selected = selected_parameters(model, parameters)
     found: dict[str, Tensor] = {}
 
     def keep(name: str, parameter: nn.Parameter, gradient: Tensor) -> None:
@@ -170,15 +354,16 @@ def token_relevance(
     def keep(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         embeddings.append(output if output.requires_grad else output.requires_grad_())
 
-    with _recording():
+    sample = single_sample(input_ids, attention_mask, positions, targets)
+    with recording():
         embedding_layer: nn.Module = find_embeddings()
         handle = embedding_layer.register_forward_hook(keep)
         try:
-            with _rules(model, rule):
-                logits = _answer_logits(model, _stand_ins(model, {}), input_ids, attention_mask, positions, targets)
+            with rules_of(model, rule):
+                (logits,) = answer_logits(model, make_stand_ins(model, ()), [sample], attention_mask)
         finally:
             handle.remove()
-        gradients = torch.autograd.grad(_target_logit(logits, targets), embeddings[:1])
+        gradients = torch.autograd.grad(target_logit(logits, targets), embeddings[:1])
     return (embeddings[0].detach() * gradients[0]).sum(-1)[0]
 
 
@@ -211,144 +396,18 @@ def conservation_error(
         UnsupportedModelError: See :func:`lrp_rules`.
     """
     biases = {name: parameter for name, parameter in model.named_parameters() if name.endswith("bias")}
-    with _recording():
-        stand_ins = _stand_ins(model, biases)
+    sample = single_sample(input_ids, attention_mask, positions, targets)
+    with recording():
+        stand_ins = make_stand_ins(model, biases)
         with lrp_rules(model, "cplrp") as context:
             context.keep_inputs = True
-            logits = _answer_logits(model, stand_ins, input_ids, attention_mask, positions, targets)
+            (logits,) = answer_logits(model, stand_ins, [sample], attention_mask)
             sources = [*context.inputs, *(stand_ins[name] for name in biases)]
-        target_logit = _target_logit(logits, targets)
-        gradients = torch.autograd.grad(target_logit, sources, allow_unused=True)
+        target = target_logit(logits, targets)
+        gradients = torch.autograd.grad(target, sources, allow_unused=True)
     total = sum(
         (source.detach().double() * gradient.double()).sum()
         for source, gradient in zip(sources, gradients, strict=True)
         if gradient is not None
     )
-    return float(abs(total - target_logit.detach().double()) / target_logit.detach().double().abs())
-
-
-@contextmanager
-def _recording() -> Iterator[None]:
-    """Gradients on, whatever the caller has switched off; no autocast cache, which would outlive the stand-ins."""
-    cache = torch.is_autocast_cache_enabled()
-    with torch.inference_mode(False), torch.enable_grad():
-        torch.set_autocast_cache_enabled(False)
-        try:
-            yield
-        finally:
-            torch.set_autocast_cache_enabled(cache)
-
-
-def _rules(model: nn.Module, rule: GradientRule) -> AbstractContextManager[LRPContext | None]:
-    return evaluation_mode(model) if rule == "none" else lrp_rules(model, rule)
-
-
-def _consuming(name: str, parameter: nn.Parameter, consume: Consumer) -> Callable[[Tensor], None]:
-    def hook(leaf: Tensor) -> None:
-        gradient, leaf.grad = leaf.grad, None
-        if gradient is not None:
-            consume(name, parameter, gradient)
-
-    return hook
-
-
-def _selected_parameters(model: nn.Module, names: Iterable[str] | None) -> dict[str, nn.Parameter]:
-    known = dict(model.named_parameters())
-    if names is None:
-        selected = {name: parameter for name, parameter in known.items() if parameter.requires_grad}
-    else:
-        wanted = set(names)
-        if unknown := sorted(wanted - known.keys()):
-            raise AgclError(
-                f"`parameters` names {unknown[0]!r}, which `{type(model).__name__}` does not have; use names from "
-                "`model.named_parameters()` (tied weights go by their first name)."
-            )
-        selected = {name: parameter for name, parameter in known.items() if name in wanted}
-    if not selected:
-        raise AgclError("There is nothing to attribute: name some `parameters`, or let some require a gradient.")
-    for name, parameter in selected.items():
-        if not parameter.is_floating_point():
-            raise AgclError(f"Parameter {name!r} is {parameter.dtype}; only floating-point parameters have relevance.")
-    return selected
-
-
-def _stand_ins(model: nn.Module, selected: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Parameters on the same storage: those selected require a gradient, the others do not, and none has hooks."""
-    stand_ins: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
-        if name in selected or parameter.requires_grad:
-            if type(parameter.data).__name__ == "DTensor":
-                raise UnsupportedModelError(
-                    f"Parameter {name!r} is sharded (DTensor); attribute before sharding or gather the model first."
-                )
-            stand_ins[name] = nn.Parameter(parameter.detach(), requires_grad=name in selected)
-    return stand_ins
-
-
-def _answer_logits(
-    model: nn.Module,
-    stand_ins: dict[str, Tensor],
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
-    positions: Tensor,
-    targets: Tensor,
-) -> Tensor:
-    """Logits at ``positions``, shape ``(k, vocabulary)``, of one forward pass with the stand-ins in place."""
-    _check_sample(input_ids, attention_mask, positions, targets)
-    input_ids, positions = _ordinary(input_ids), _ordinary(positions).to(input_ids.device)
-    accepted = _accepted_arguments(model)
-    options: dict[str, Any] = {}
-    if attention_mask is not None:
-        options["attention_mask"] = _ordinary(attention_mask)
-    if "use_cache" in accepted:
-        options["use_cache"] = False
-    if "logits_to_keep" in accepted:
-        options["logits_to_keep"] = positions
-    logits = functional_call(model, stand_ins, (), {"input_ids": input_ids, **options}).logits
-    if "logits_to_keep" not in accepted:
-        logits = logits[:, positions]
-    if int(targets.max()) >= logits.shape[-1]:
-        raise AgclError(f"`targets` holds {int(targets.max())}, but the vocabulary has {logits.shape[-1]} tokens.")
-    return logits[0]
-
-
-def _target_logit(logits: Tensor, targets: Tensor) -> Tensor:
-    return logits.gather(1, _ordinary(targets).to(logits.device)[:, None]).sum()
-
-
-def _check_sample(input_ids: Tensor, attention_mask: Tensor | None, positions: Tensor, targets: Tensor) -> None:
-    if input_ids.dim() != 2 or input_ids.shape[0] != 1:
-        raise AgclError(f"`input_ids` has shape {tuple(input_ids.shape)}; give one sample, shape (1, seq).")
-    if attention_mask is not None and attention_mask.shape != input_ids.shape:
-        raise AgclError(
-            f"`attention_mask` has shape {tuple(attention_mask.shape)}, but `input_ids` {tuple(input_ids.shape)}; "
-            "give one value per token."
-        )
-    for name, index in (("positions", positions), ("targets", targets)):
-        if index.dim() != 1 or index.dtype not in (torch.int64, torch.int32):
-            raise AgclError(f"`{name}` is {index.dtype} of shape {tuple(index.shape)}; give a 1-D integer tensor.")
-    if len(positions) != len(targets):
-        raise AgclError(f"`positions` has {len(positions)} entries and `targets` {len(targets)}; give one per target.")
-    if not len(positions):
-        raise AgclError("`positions` is empty; give at least one answer position.")
-    length = input_ids.shape[1]
-    if int(positions.min()) < 0 or int(positions.max()) >= length:
-        raise AgclError(
-            f"`positions` runs from {int(positions.min())} to {int(positions.max())}, but must lie in [0, {length})."
-        )
-    if int(targets.min()) < 0:
-        raise AgclError(f"`targets` holds {int(targets.min())}; give token ids, not masked labels.")
-
-
-def _accepted_arguments(model: Any) -> set[str]:
-    """Names that the forward pass takes; an adapter's wrapper passes on what it does not name."""
-    accepted = set(inspect.signature(model.forward).parameters)
-    if hasattr(model, "get_base_model"):
-        accepted |= set(inspect.signature(model.get_base_model().forward).parameters)
-    return accepted
-
-
-def _ordinary(tensor: Tensor) -> Tensor:
-    """A tensor that autograd can save: one made under ``torch.inference_mode`` is copied, others are as they are."""
-    tensor = tensor.clone() if tensor.is_inference() else tensor
-    return tensor.long() if tensor.dtype == torch.int32 else tensor
+    return float(abs(total - target.detach().double()) / target.detach().double().abs())

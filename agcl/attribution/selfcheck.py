@@ -14,7 +14,8 @@ from torch.func import functional_call
 from agcl.attribution.checkreport import LayerBalance, ModelCheck, Uncovered
 from agcl.attribution.lrp import Rule, check_free, evaluation_mode, in_force
 from agcl.attribution.observing import Flow, ObservingContext, find_blocks
-from agcl.attribution.relevance import _accepted_arguments, _check_sample, _ordinary, _recording, _stand_ins
+from agcl.attribution.passes import accepted_arguments, make_stand_ins, ordinary, recording
+from agcl.attribution.relevance import single_sample
 from agcl.attribution.support import check_choice, refusals
 from agcl.errors import AgclError, UnsupportedModelError
 
@@ -74,7 +75,7 @@ def check_model(
     if check.refusals:
         return check
     check_free(model)
-    with _recording():
+    with recording():
         try:
             return _checked(check, model, floating, input_ids, positions, targets)
         except UnsupportedModelError as refusal:
@@ -89,12 +90,12 @@ def _checked(
     positions: Tensor | None,
     targets: Tensor | None,
 ) -> ModelCheck:
-    input_ids = _random_prompt(model) if input_ids is None else _ordinary(input_ids)
+    input_ids = _random_prompt(model) if input_ids is None else ordinary(input_ids)
     positions = _answer_positions(input_ids, positions, targets)
     outputs: list[Tensor] = []
     with evaluation_mode(model):
         # The parameters require a gradient here too: kernels may be chosen by that.
-        stand_ins = _stand_ins(model, floating)
+        stand_ins = make_stand_ins(model, floating)
         name, blocks = find_blocks(model, lambda: outputs.append(_logits(model, stand_ins, input_ids).detach()))
     plain = outputs[0]
     sample = (input_ids, positions, _targets(plain[0, positions], targets))
@@ -151,7 +152,7 @@ def _observe(
     sample: tuple[Tensor, Tensor, Tensor],
 ) -> _Pass:
     found = _Pass(ObservingContext(model, rule, blocks))
-    stand_ins = _stand_ins(model, attributed)
+    stand_ins = make_stand_ins(model, attributed)
     input_ids, positions, targets = sample
     try:
         with in_force(found.context) as context:
@@ -182,7 +183,7 @@ def _take_note(found: _Pass, name: str, leaf: Tensor) -> None:
 
 
 def _logits(model: nn.Module, stand_ins: dict[str, Tensor], input_ids: Tensor) -> Tensor:
-    options = {"use_cache": False} if "use_cache" in _accepted_arguments(model) else {}
+    options = {"use_cache": False} if "use_cache" in accepted_arguments(model) else {}
     output = functional_call(model, stand_ins, (), {"input_ids": input_ids, **options})
     logits = getattr(output, "logits", None)
     if not isinstance(logits, Tensor):
@@ -216,8 +217,8 @@ def _answer_positions(input_ids: Tensor, positions: Tensor | None, targets: Tens
     if positions is None:
         length = input_ids.shape[-1]
         positions = torch.arange(max(length - _ANSWER_TOKENS, 0), length)
-    _check_sample(input_ids, None, positions, torch.zeros_like(positions) if targets is None else targets)
-    return _ordinary(positions).to(input_ids.device)
+    single_sample(input_ids, None, positions, torch.zeros_like(positions) if targets is None else targets)
+    return ordinary(positions).to(input_ids.device)
 
 
 def _targets(logits: Tensor, targets: Tensor | None) -> Tensor:
@@ -225,7 +226,7 @@ def _targets(logits: Tensor, targets: Tensor | None) -> Tensor:
         return logits.argmax(-1)
     if int(targets.max()) >= logits.shape[-1]:
         raise AgclError(f"`targets` holds {int(targets.max())}, but the vocabulary has {logits.shape[-1]} tokens.")
-    return _ordinary(targets).to(logits.device)
+    return ordinary(targets).to(logits.device)
 
 
 def _coarsest_dtype(parameters: Iterable[Tensor]) -> torch.dtype:

@@ -13,11 +13,13 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from agcl.attribution import attribute_sample
 from agcl.attribution.artefact import check_importance, save_importance
-from agcl.attribution.importance import ImportanceConfig, SampleAggregator, normalise
-from agcl.attribution.merging import merge_maximum
-from agcl.attribution.relevance import GradientRule
+from agcl.attribution.estimators import LRP, Estimator, Evidence
+from agcl.attribution.fingerprints import fingerprint
+from agcl.attribution.importance import ImportanceConfig, normalise
+from agcl.attribution.merging import How, RunningMerge
+from agcl.attribution.passes import Sample
+from agcl.attribution.relevance import attribute_batch
 from agcl.data.tasks import IGNORED_LABEL
 from agcl.errors import AgclError
 from agcl.gating import GradientGate, UpdateGate, cancels_gradient_gate, choose_gate, flattened, shuffled
@@ -26,19 +28,22 @@ from agcl.gating import GradientGate, UpdateGate, cancels_gradient_gate, choose_
 class AttributionCallback(Callback):
     """Attribution-guided continual learning (arXiv 2605.05285) on a ``ContinualLM`` and a ``ContinualDataModule``.
 
-    At each task boundary the relevance of every weight for correctly answered training rows is aggregated to the task's
-    importance in [0, 1], written to ``importance/`` in the run's folder, and merged into the running maximum over the
-    tasks. While the next task is learned, each weight moves by ``(1 - importance) ** strength`` of what it would have.
+    At each task boundary every weight is scored on correctly answered training rows; the scores become the task's
+    importance in [0, 1], which is written to ``importance/`` in the run's folder and merged with the earlier
+    tasks'. While the next task is learned, each weight moves by ``(1 - importance) ** strength`` of what it would
+    have.
 
     Args:
         gate: ``gradient`` rescales gradients by backward hooks (the paper; cancelled by Adam-like optimizers),
             ``update`` rescales the optimizer's whole step, ``auto`` picks what protects under the optimizer in use.
-        rule: ``attnlrp``, ``cplrp``, or ``none``: the plain gradient without LRP rules.
-        score: ``relevance``: weight times gradient, as in the paper. ``sensitivity``: the squared gradient, that is the
-            squared relevance per unit of weight; it suits optimizers like Adam, whose step hardly depends on the
-            weight's size.
+        estimator: What scores the weights, from ``agcl.attribution.estimators``: ``LRP`` (the paper's; the default),
+            ``GradientWeight``, ``Fisher``, ``EmpiricalFisher``, ``MAS``, ``SPG``, ``Wanda``, ``Magnitude``, ``Change``,
+            ``Random``, or one's own.
         num_samples: Rows, answered correctly, that each task's importance is computed from.
-        importance: How relevance over samples becomes importance: sign, normalisation and its scope, K, alpha.
+        batch_size: Rows that are run together; None means as many as in training.
+        per_sample: Whether each row counts as one draw, or the sum over a batch does, which is cheaper.
+        importance: How scores over samples become importance: sign, normalisation and its scope, K, alpha.
+        merge: Over tasks: ``maximum`` (the paper), ``mean`` or ``probabilistic_or``.
         strength: Exponent of the plasticity; 1 is the paper's linear gate, 0 no gate.
         parameters: Regular expression; only parameters whose name it is found in are attributed and gated.
         control: ``shuffled`` permutes the importance within each tensor, ``flattened`` makes it uniform: gates of equal
@@ -53,10 +58,12 @@ class AttributionCallback(Callback):
     def __init__(
         self,
         gate: Literal["auto", "gradient", "update"] = "auto",
-        rule: GradientRule = "attnlrp",
-        score: Literal["relevance", "sensitivity"] = "relevance",
+        estimator: Estimator | None = None,
         num_samples: int = 16,
+        batch_size: int | None = None,
+        per_sample: bool = True,
         importance: ImportanceConfig = ImportanceConfig(),  # noqa: B008 (immutable)
+        merge: How = "maximum",
         strength: float = 1.0,
         parameters: str = "",
         control: Literal["none", "shuffled", "flattened"] = "none",
@@ -64,6 +71,8 @@ class AttributionCallback(Callback):
     ) -> None:
         if num_samples < 1:
             raise AgclError(f"`num_samples` is {num_samples}; importance needs at least one row.")
+        if batch_size is not None and batch_size < 1:
+            raise AgclError(f"`batch_size` is {batch_size}; choose 1 or more, or leave it out.")
         if strength < 0:
             raise AgclError(f"`strength` is {strength}; choose 0 (no gate) or more.")
         try:
@@ -71,20 +80,25 @@ class AttributionCallback(Callback):
         except re.error as error:
             raise AgclError(f"`parameters` is not a regular expression: {parameters!r} ({error}).") from error
         self.gate = gate
-        self.rule: GradientRule = rule
-        self.score = score
+        self.estimator = LRP() if estimator is None else estimator
         self.num_samples = num_samples
+        self.batch_size = batch_size
+        self.per_sample = per_sample
         self.config = importance
         self.strength = strength
         self.control = control
         self.seed = seed
-        self.importance: dict[str, Tensor] = {}
-        """Running maximum over the tasks learned: parameter name -> uint8 fixed point (value / 255)."""
+        self._merged = RunningMerge(merge)
         self.files: dict[str, str] = {}
         """Task name -> file with that task's own importance."""
         self.num_boundaries = 0
         """Number of task boundaries passed, those included where nothing was answered correctly."""
         self._attached: GradientGate | UpdateGate | None = None
+
+    @property
+    def importance(self) -> dict[str, Tensor]:
+        """Merged importance of the tasks learned: parameter name -> uint8 fixed point (value / 255)."""
+        return self._merged.importance()
 
     # --------------------------------------------------------------- life cycle
 
@@ -98,7 +112,15 @@ class AttributionCallback(Callback):
             )
         if not self._parameter_names(pl_module):
             raise AgclError(f"`parameters` {self._pattern.pattern!r} matches no trainable parameter of the model.")
-        self._attribute(trainer, pl_module, next(self._samples(trainer, 0)), lambda *_: None, only_correct=False)
+        with trainer.precision_plugin.forward_context():
+            attribute_batch(
+                self._model(pl_module),
+                [next(self._samples(trainer, pl_module, 0))],
+                consume=lambda *_: None,
+                rule=getattr(self.estimator, "rule", "none"),
+                parameters=self._parameter_names(pl_module),
+                only_correct=False,
+            )
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """On resuming: bring along the earlier tasks' files, make up for a task boundary, gate again."""
@@ -108,6 +130,11 @@ class AttributionCallback(Callback):
         if completed:
             # From a checkpoint of an epoch's last batch, Lightning goes on without that epoch's end.
             self._pass_boundary(trainer, pl_module, completed - 1)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """At a task's first epoch: let the estimator see the weights that the task starts from."""
+        if pl_module.tasks.starts_at(trainer.current_epoch):
+            self.estimator.begin_task(self._model(pl_module), self._parameter_names(pl_module))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         """At a task boundary: importance of the task just learned, running maximum, new gate."""
@@ -119,7 +146,7 @@ class AttributionCallback(Callback):
         if self.num_boundaries <= index:
             self._learn_importance(trainer, pl_module, index)
             self.num_boundaries = index + 1
-        if self.importance:
+        if self.files:
             self._attach_gate(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
@@ -133,14 +160,16 @@ class AttributionCallback(Callback):
     def state_dict(self) -> dict[str, Any]:
         """Merged importance (uint8), task counter and the tasks' files: what resuming needs."""
         return {
-            "importance": dict(self.importance),
+            "merged": self._merged.state_dict(),
+            "estimator": self.estimator.state_dict(),
             "num_boundaries": self.num_boundaries,
             "files": dict(self.files),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` gave."""
-        self.importance = dict(state_dict["importance"])
+        self._merged.load_state_dict(state_dict["merged"])
+        self.estimator.load_state_dict(state_dict["estimator"])
         self.num_boundaries = state_dict["num_boundaries"]
         self.files = dict(state_dict["files"])
 
@@ -149,33 +178,26 @@ class AttributionCallback(Callback):
     def _learn_importance(self, trainer: Trainer, pl_module: Any, index: int) -> None:
         task = pl_module.tasks[index].name
         start = time.perf_counter()
-        aggregator = self._aggregate(trainer, pl_module, index)
-        if aggregator.num_samples == 0:
+        scores, num_used = self._scores(trainer, pl_module, index)
+        if not scores:
             rank_zero_warn(
                 f"Task `{task}`: no training row is answered correctly, so it has no importance and the following "
                 "tasks are free to overwrite it. Train it longer or with a higher learning rate."
             )
             return
-        importance = normalise(aggregator.aggregate(), self.config)
+        importance = normalise(scores, self.config)
         path = Path(trainer.log_dir or trainer.default_root_dir) / "importance" / f"{index:02d}_{task}.safetensors"
         if trainer.is_global_zero:
-            save_importance(path, importance, self._metadata(pl_module, task, aggregator.num_samples))
+            save_importance(path, importance, self._metadata(pl_module, task, num_used))
         self.files[task] = str(path)
-        # Clipping negative parts (Eq. 12) is done by the aggregator, so the maximum is all that is left.
-        self.importance = merge_maximum(self.importance, importance)
+        self._merged.update(importance)
         seconds = time.perf_counter() - start
         for logger in trainer.loggers:  # not self.log, which the start of a resumed run does not allow
-            values = {"attribution/seconds": seconds, "attribution/samples": float(aggregator.num_samples)}
+            values = {"attribution/seconds": seconds, "attribution/samples": float(num_used)}
             logger.log_metrics(values, step=trainer.global_step)
-        rank_zero_info(f"Importance of task `{task}` from {aggregator.num_samples} rows in {seconds:.0f} s: {path}")
+        rank_zero_info(f"Importance of task `{task}` from {num_used} rows in {seconds:.0f} s: {path}")
 
-    def _aggregate(self, trainer: Trainer, pl_module: Any, index: int) -> SampleAggregator:
-        aggregator = SampleAggregator(self.config)
-
-        def consume(name: str, parameter: nn.Parameter, gradient: Tensor) -> None:
-            is_relevance = self.score == "relevance"
-            aggregator.update(name, gradient.mul_(parameter.detach()) if is_relevance else gradient.square_())
-
+    def _scores(self, trainer: Trainer, pl_module: Any, index: int) -> tuple[dict[str, Tensor], int]:
         bar = tqdm(
             total=self.num_samples,
             desc=f"Attribution of {pl_module.tasks[index].name}",
@@ -183,44 +205,46 @@ class AttributionCallback(Callback):
             disable=trainer.progress_bar_callback is None or not trainer.is_global_zero,
             dynamic_ncols=True,
         )
-        with bar:
-            for sample in self._samples(trainer, index):
-                bar.update(int(self._attribute(trainer, pl_module, sample, consume, only_correct=True)))
-                if bar.n == self.num_samples or aggregator.num_samples == self.num_samples:
-                    break
-        return aggregator
-
-    def _attribute(
-        self, trainer: Trainer, pl_module: Any, labelled: tuple[Tensor, Tensor], consume: Any, **kwargs: Any
-    ) -> bool:
-        input_ids, labels = (tensor.to(pl_module.device) for tensor in labelled)
-        answer = (labels != IGNORED_LABEL).nonzero().flatten()
-        with trainer.precision_plugin.forward_context():
-            return attribute_sample(
+        with bar, trainer.precision_plugin.forward_context():
+            evidence = Evidence(
                 self._model(pl_module),
-                input_ids[None],
-                positions=answer - 1,  # the logits at one position predict the next token
-                targets=labels[answer],
-                consume=consume,
-                rule=self.rule,
-                parameters=self._parameter_names(pl_module),
-                **kwargs,
+                self._parameter_names(pl_module),
+                self._samples(trainer, pl_module, index),
+                self.num_samples,
+                batch_size=self.batch_size or trainer.datamodule.batch_size,  # type: ignore[attr-defined]
+                per_sample=self.per_sample,
+                config=self.config,
+                seed=self.seed,
+                on_progress=bar.update,
             )
+            return self.estimator.scores(evidence), evidence.num_used
 
-    def _samples(self, trainer: Trainer, index: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Token ids and labels of a task's training rows in a fixed random order."""
+    def _samples(self, trainer: Trainer, pl_module: Any, index: int) -> Iterator[Sample]:
+        """A task's training rows in a fixed random order."""
         rows = trainer.datamodule.training_rows(index)  # type: ignore[attr-defined]
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.seed))
         for row in order.tolist():
-            yield torch.tensor(rows[row]["input_ids"]), torch.tensor(rows[row]["labels"])
+            input_ids, labels = (
+                torch.tensor(rows[row][key], device=pl_module.device) for key in ("input_ids", "labels")
+            )
+            answer = (labels != IGNORED_LABEL).nonzero().flatten()
+            # The logits at one position predict the next token.
+            yield Sample(input_ids, positions=answer - 1, targets=labels[answer])
 
     def _parameter_names(self, pl_module: Any) -> list[str]:
         named = self._model(pl_module).named_parameters()
         return [name for name, parameter in named if parameter.requires_grad and self._pattern.search(name)]
 
     def _metadata(self, pl_module: Any, task: str, num_samples: int) -> dict[str, str]:
-        settings = {"rule": self.rule, "score": self.score, "num_samples": num_samples, **vars(self.config)}
-        return {"task": task, "model": pl_module.model_name_or_path, **{k: str(v) for k, v in settings.items()}}
+        settings = {
+            "task": task,
+            "model": pl_module.model_name_or_path,
+            "fingerprint": fingerprint(self._model(pl_module).named_parameters()),
+            "num_samples": num_samples,
+            **self.estimator.describe(),
+            **vars(self.config),
+        }
+        return {key: str(value) for key, value in settings.items()}
 
     def _collect_files(self, trainer: Trainer) -> None:
         folder = Path(trainer.log_dir or trainer.default_root_dir) / "importance"

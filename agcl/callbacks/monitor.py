@@ -72,8 +72,9 @@ def layer_plasticity(attribution: AttributionCallback) -> dict[str, float]:
     """Mean remaining plasticity of the weights of each layer, in [0, 1]."""
     total: dict[str, float] = {}
     count: dict[str, int] = {}
+    importance = attribution.importance
     for name, mean in attribution.plasticity().items():
-        layer, num_weights = layer_of(name), attribution.importance[name].numel()
+        layer, num_weights = layer_of(name), importance[name].numel()
         total[layer] = total.get(layer, 0.0) + mean * num_weights
         count[layer] = count.get(layer, 0) + num_weights
     return {layer: total[layer] / count[layer] for layer in total}

@@ -7,6 +7,7 @@ from lightning.pytorch import Callback
 
 from agcl.attribution import ImportanceConfig, parameter_relevance
 from agcl.attribution.artefact import load_importance
+from agcl.attribution.estimators import LRP
 from agcl.callbacks import AttributionCallback
 from agcl.errors import AgclError
 
@@ -34,7 +35,7 @@ def fit(folder, files, run_dir, *callbacks, optimizer=None, **trainer_options):
 
 @pytest.mark.parametrize("score", ["relevance", "sensitivity"])
 def test_importance_is_the_tasks_mean_score(llama_folder, task_files, tmp_path, knowing, score):
-    callback = attribution(num_samples=4, score=score, importance=ImportanceConfig(quantile=0.5))
+    callback = attribution(num_samples=4, estimator=LRP(score=score), importance=ImportanceConfig(quantile=0.5))
     model, data, _ = fit(llama_folder, task_files[:1], tmp_path, callback)
     weights_now = dict(model.model.named_parameters())
     expected = {}

@@ -1,0 +1,62 @@
+"""Scores that look at no data: rivals that cost nothing, and a control."""
+
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from agcl.attribution.estimators.interface import Estimator, Evidence
+from agcl.errors import AgclError
+
+
+class Magnitude(Estimator):
+    """``|W|``."""
+
+    def scores(self, evidence: Evidence) -> dict[str, Tensor]:
+        """See :meth:`Estimator.scores`."""
+        return {name: parameter.detach().float().abs() for name, parameter in evidence.selected().items()}
+
+
+class Change(Estimator):
+    """``|W - W_start|``, how far the weight moved while the task was learned; keeps a copy of the weights."""
+
+    def __init__(self) -> None:
+        self._start: dict[str, Tensor] = {}
+
+    def begin_task(self, model: nn.Module, parameters: Sequence[str]) -> None:
+        """Copy the weights."""
+        wanted = set(parameters)
+        self._start = {name: p.detach().clone() for name, p in model.named_parameters() if name in wanted}
+
+    def scores(self, evidence: Evidence) -> dict[str, Tensor]:
+        """See :meth:`Estimator.scores`."""
+        if missing := evidence.selected().keys() - self._start.keys():
+            raise AgclError(f"Change does not know where {min(missing)!r} started; call begin_task() before training.")
+        return {
+            name: (parameter.detach().float() - self._start[name].to(parameter.device).float()).abs_()
+            for name, parameter in evidence.selected().items()
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """The weights at the beginning of the task."""
+        return {"start": dict(self._start)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See :meth:`Estimator.load_state_dict`."""
+        self._start = dict(state_dict["start"])
+
+
+class Random(Estimator):
+    """Uniform random scores, the same for one seed and name."""
+
+    def scores(self, evidence: Evidence) -> dict[str, Tensor]:
+        """See :meth:`Estimator.scores`."""
+        return {
+            name: torch.rand(
+                parameter.shape,
+                generator=torch.Generator().manual_seed(zlib.crc32(f"{evidence.seed}/{name}".encode())),
+            ).to(parameter.device)
+            for name, parameter in evidence.selected().items()
+        }

@@ -1,0 +1,45 @@
+"""Diagonal Fisher information, as EWC uses it (Kirkpatrick et al., PNAS 2017, arXiv 1612.00796).
+
+Its definition is the expectation of the *squared gradient of one sample's log-probability*. Squaring the mean gradient
+of a batch instead, as is often done, gives another quantity: gradients of different samples cancel before the square,
+the more the larger the batch. Here every sample is squared on its own.
+"""
+
+import torch
+from torch import Tensor
+
+from agcl.attribution.estimators.interface import Evidence
+from agcl.attribution.estimators.per_sample import PerSampleGradient, log_probability
+
+
+class EmpiricalFisher(PerSampleGradient):
+    """Squared gradient of the log-probability of the true answer, per sample.
+
+    On answers that the model knows by heart the log-probability is near zero and so is its gradient.
+    """
+
+    def objective(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Log-probability of the answer."""
+        return log_probability(logits, targets)
+
+    def score(self, parameter: Tensor, gradient: Tensor) -> Tensor:
+        """``g ** 2``."""
+        return gradient.square_()
+
+
+class Fisher(EmpiricalFisher):
+    """The same with labels drawn from the model's own distribution at each answer position, one draw per sample."""
+
+    def __init__(self) -> None:
+        self._generator = torch.Generator()
+
+    def scores(self, evidence: Evidence) -> dict[str, Tensor]:
+        """See :meth:`Estimator.scores`."""
+        self._generator.manual_seed(evidence.seed)
+        return super().scores(evidence)
+
+    def objective(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Log-probability of drawn labels."""
+        probabilities = logits.detach().float().softmax(-1).cpu()  # one generator for all devices
+        drawn = torch.multinomial(probabilities, 1, generator=self._generator).flatten()
+        return log_probability(logits, drawn)

@@ -1,0 +1,80 @@
+"""What an estimator of importance is: from a model and samples of a task to one score per weight."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from agcl.attribution.importance import ImportanceConfig
+from agcl.attribution.passes import Sample
+
+
+@dataclass
+class Evidence:
+    """What an estimator may look at when a task has been learned.
+
+    Attributes:
+        model: The model that has learned the task.
+        parameters: Names of the parameters to score.
+        samples: The task's training rows in a fixed random order; those answered wrongly are skipped.
+        num_samples: Number of correctly answered rows to use.
+        batch_size: Rows that are run together.
+        per_sample: Whether each row of a batch counts as one draw, or the batch's sum does.
+        config: How scores are aggregated over samples.
+        seed: For estimators that draw random numbers.
+        on_progress: Called with the number of further samples that were used.
+        num_used: Set by the estimator: number of samples that the scores rest on.
+    """
+
+    model: nn.Module
+    parameters: Sequence[str]
+    samples: Iterable[Sample]
+    num_samples: int
+    batch_size: int = 1
+    per_sample: bool = True
+    config: ImportanceConfig = field(default_factory=ImportanceConfig)
+    seed: int = 0
+    on_progress: Callable[[int], None] = lambda count: None
+    num_used: int = 0
+
+    def selected(self) -> dict[str, nn.Parameter]:
+        """Name -> parameter of those to score, in the model's order."""
+        wanted = set(self.parameters)
+        return {name: parameter for name, parameter in self.model.named_parameters() if name in wanted}
+
+
+class Estimator(ABC):
+    """One score per weight and task. A subclass implements `scores`; its constructor's arguments are its options."""
+
+    def begin_task(self, model: nn.Module, parameters: Sequence[str]) -> None:  # noqa: B027 (a hook, not abstract)
+        """Called before a task is trained.
+
+        Args:
+            model: The model as the task will find it.
+            parameters: Names of the parameters to score.
+        """
+
+    @abstractmethod
+    def scores(self, evidence: Evidence) -> dict[str, Tensor]:
+        """Score every weight for the task just learned.
+
+        Args:
+            evidence: Model, samples and settings; ``num_used`` is set.
+
+        Returns:
+            Name -> score >= 0, float32, the parameter's shape; empty if no sample is answered correctly.
+        """
+
+    def state_dict(self) -> dict[str, Any]:
+        """What resuming in the middle of a task needs."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # noqa: B027 (most have no state)
+        """Restore what `state_dict` gave."""
+
+    def describe(self) -> dict[str, str]:
+        """Name and options, for the metadata of importance files."""
+        options = {key: str(value) for key, value in vars(self).items() if not key.startswith("_")}
+        return {"estimator": type(self).__name__, **options}

@@ -1,0 +1,85 @@
+"""Estimators that aggregate something made of each sample's gradient."""
+
+import itertools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from agcl.attribution.estimators.interface import Estimator, Evidence
+from agcl.attribution.importance import SampleAggregator
+from agcl.attribution.passes import GradientRule, Sample, target_logit
+from agcl.attribution.relevance import Consumer, attribute_batch
+
+
+class PerSampleGradient(Estimator):
+    """Aggregates `score` of each sample's gradient of `objective`; a subclass overrides one or both."""
+
+    rule: GradientRule = "none"
+
+    def objective(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Scalar whose gradient is taken.
+
+        Args:
+            logits: At the answer's positions, shape ``(k, vocabulary)``.
+            targets: The answer's token ids, shape ``(k,)``.
+        """
+        return target_logit(logits, targets)
+
+    def score(self, parameter: Tensor, gradient: Tensor) -> Tensor:
+        """Score of one parameter for one sample.
+
+        Args:
+            parameter: Detached.
+            gradient: Same shape; may be overwritten.
+        """
+        raise NotImplementedError
+
+    def scores(self, evidence: Evidence) -> dict[str, Tensor]:
+        """See :meth:`Estimator.scores`."""
+        aggregator = SampleAggregator(evidence.config)
+
+        def consume(name: str, parameter: nn.Parameter, gradient: Tensor) -> None:
+            aggregator.update(name, self.score(parameter.detach(), gradient))
+
+        self.visit(evidence, consume)
+        return aggregator.aggregate()
+
+    def visit(self, evidence: Evidence, consume: Consumer) -> None:
+        """Run samples until enough were answered correctly.
+
+        Args:
+            evidence: Where ``num_used`` is set.
+            consume: As for :func:`attribute_batch`.
+        """
+        samples = iter(evidence.samples)
+        while batch := _take(samples, min(evidence.batch_size, evidence.num_samples - evidence.num_used)):
+            flags = attribute_batch(
+                evidence.model,
+                batch,
+                consume=consume,
+                rule=self.rule,
+                parameters=evidence.parameters,
+                per_sample=evidence.per_sample,
+                objective=self.objective,
+            )
+            evidence.num_used += sum(flags)
+            evidence.on_progress(sum(flags))
+
+
+def _take(samples: Iterator[Sample], count: int) -> list[Sample]:
+    return list(itertools.islice(samples, max(count, 0)))
+
+
+def log_probability(logits: Tensor, targets: Tensor) -> Tensor:
+    """Sum of the targets' log-probabilities.
+
+    Args:
+        logits: Shape ``(k, vocabulary)``.
+        targets: Token ids, shape ``(k,)``.
+
+    Returns:
+        Scalar, float32 at least.
+    """
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return target_logit(wide.log_softmax(-1), targets)

@@ -1,0 +1,125 @@
+"""Samples run together: each one's gradient is what it is alone."""
+
+import pytest
+import torch
+from tiny_decoders import VOCAB, Snapshot, tiny_llama
+from tiny_families import KINDS, member
+
+from agcl.attribution import uses
+from agcl.attribution.passes import Sample
+from agcl.attribution.relevance import attribute_batch
+from agcl.errors import AgclError
+
+
+def samples():
+    generator = torch.Generator().manual_seed(3)
+    found = []
+    for length in (7, 4, 9):
+        ids = torch.randint(3, VOCAB, (length,), generator=generator)
+        found.append(Sample(ids, torch.tensor([1, length - 2]), torch.randint(3, VOCAB, (2,), generator=generator)))
+    return found
+
+
+def collected(model, batch, **options):
+    found = {}
+    flags = attribute_batch(
+        model,
+        batch,
+        consume=lambda name, parameter, gradient: found.setdefault(name, []).append(gradient.clone()),
+        **options,
+    )
+    return found, flags
+
+
+# Those whose parameters enter operations in another way are run one by one: ``1 + weight``, experts.
+IN_ONE_PASS = [name for name in KINDS if not name.startswith(("gemma", "mixtral", "qwen3_moe"))]
+
+
+def count_passes(model):
+    passes = []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: passes.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    return passes
+
+
+@pytest.mark.parametrize("rule", ["attnlrp", "none"])
+@pytest.mark.parametrize("name", KINDS)
+def test_each_samples_gradient_is_what_it_is_alone(name, rule):
+    model = member(name, KINDS[name][0])
+    alone = {}
+    for sample in samples():
+        for key, (gradient,) in collected(model, [sample], rule=rule, only_correct=False)[0].items():
+            alone.setdefault(key, []).append(gradient)
+    passes = count_passes(model)
+    together, flags = collected(model, samples(), rule=rule, only_correct=False)
+    assert flags == [True, True, True]
+    assert passes == ([3] if name in IN_ONE_PASS else [3, 1, 1, 1])
+    assert together.keys() == alone.keys()
+    for key, gradients in alone.items():
+        assert len(together[key]) == len(gradients), key
+        for found, expected in zip(together[key], gradients, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-9, msg=key)
+
+
+def test_the_batchs_sum_is_the_sum_of_the_samples():
+    model = tiny_llama()
+    apart, _ = collected(model, samples(), only_correct=False)
+    together, _ = collected(model, samples(), only_correct=False, per_sample=False)
+    for name, gradients in apart.items():
+        (total,) = together[name]
+        torch.testing.assert_close(total, sum(gradients), rtol=1e-9, atol=1e-12)
+
+
+def answered(model, sample):
+    logits = model(sample.input_ids[None], use_cache=False).logits[0, sample.positions]
+    return Sample(sample.input_ids, sample.positions, logits.argmax(-1))
+
+
+def test_wrong_samples_of_a_batch_leave_no_trace():
+    model = tiny_llama()
+    wrong, right, other = samples()
+    right = answered(model, right)
+    found, flags = collected(model, [wrong, right, other])
+    expected, _ = collected(model, [right])
+    assert flags == [False, True, False]
+    for name, gradients in expected.items():
+        (gradient,) = found[name]
+        torch.testing.assert_close(gradient, gradients[0], rtol=1e-9, atol=1e-12)
+
+
+def test_nothing_is_left_on_the_model():
+    model = tiny_llama()
+    before = Snapshot(model)
+    collected(model, samples(), only_correct=False)
+    before.assert_untouched()
+
+
+def test_only_chosen_parameters_of_an_adapter_are_reported():
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj", "down_proj"])).double()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    apart = [collected(model, [sample], only_correct=False)[0] for sample in samples()]
+    together, _ = collected(model, samples(), only_correct=False)
+    assert together.keys() == apart[0].keys()
+    assert all("lora_" in name for name in together)
+    for name, gradients in together.items():
+        for gradient, single in zip(gradients, apart, strict=True):
+            torch.testing.assert_close(gradient, single[name][0], rtol=1e-9, atol=1e-12)
+
+
+def test_an_operation_not_understood_makes_the_samples_run_one_by_one(monkeypatch):
+    model = tiny_llama()
+    linear = torch.nn.functional.linear
+    monkeypatch.delitem(uses._ROLES, linear)
+    passes = count_passes(model)
+    collected(model, samples(), only_correct=False)  # not understood: one by one
+    assert passes[-3:] == [1, 1, 1]
+
+
+def test_an_empty_batch_is_refused():
+    with pytest.raises(AgclError, match="`samples` is empty"):
+        collected(tiny_llama(), [])
