@@ -7,7 +7,7 @@ from lightning.pytorch import Callback
 
 from agcl.attribution import ImportanceConfig, parameter_relevance
 from agcl.attribution.artefact import load_importance
-from agcl.attribution.estimators import LRP
+from agcl.attribution.estimators import LRP, SPG, Change, Fisher, Magnitude, Wanda
 from agcl.callbacks import AttributionCallback
 from agcl.errors import AgclError
 
@@ -180,3 +180,35 @@ def test_bad_options_are_refused(options, message):
 def test_what_cannot_be_attributed_is_refused_before_training(llama_folder, task_files, tmp_path):
     with pytest.raises(AgclError, match="`parameters` 'no_such' matches no trainable parameter"):
         fit(llama_folder, task_files, tmp_path, attribution(parameters="no_such"))
+
+
+def test_importance_of_the_tasks_may_be_averaged(llama_folder, task_files, tmp_path, knowing):
+    callback = attribution(merge="mean")
+    fit(llama_folder, task_files, tmp_path, callback)
+    files = [load_importance(path)[0] for path in callback.files.values()]
+    assert len(files) == len(task_files)
+    for name, levels in callback.importance.items():
+        mean = sum(file[name].double() for file in files) / len(files)
+        assert (levels.double() - mean).abs().max() <= 0.5 + 1e-9, name
+
+
+@pytest.mark.parametrize("estimator", [Change(), Magnitude(), Wanda(), SPG(), Fisher()], ids=lambda e: type(e).__name__)
+def test_other_estimators_gate_too(llama_folder, task_files, tmp_path, knowing, estimator):
+    callback = attribution(estimator=estimator)
+    fit(llama_folder, task_files, tmp_path, callback)
+    assert list(callback.files) == [f"task{index}" for index in range(len(task_files))]
+    for path in callback.files.values():
+        importance, metadata = load_importance(path)
+        assert metadata["estimator"] == type(estimator).__name__
+        assert len(metadata["fingerprint"]) == 64
+        assert any(levels.any() for levels in importance.values())
+
+
+def test_a_batch_of_rows_gives_the_importance_of_single_rows(llama_folder, task_files, tmp_path, knowing):
+    found = []
+    for batch_size in (1, 3):
+        callback = attribution(batch_size=batch_size)
+        fit(llama_folder, task_files[:1], tmp_path / str(batch_size), callback)
+        found.append(callback.importance)
+    for name, levels in found[0].items():
+        assert (levels.int() - found[1][name].int()).abs().max() <= 1, name
