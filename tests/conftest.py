@@ -94,8 +94,10 @@ def task_files(tmp_path_factory) -> list[Path]:
 def knowing(monkeypatch):
     """Let every row count as answered correctly: a tiny model seldom knows one by heart."""
     from agcl.attribution import relevance
+    from agcl.attribution.estimators import wanda
 
-    monkeypatch.setattr(relevance, "is_correct", lambda logits, targets: True)
+    for module in (relevance, wanda):
+        monkeypatch.setattr(module, "is_correct", lambda logits, targets: True)
 
 
 @pytest.fixture(scope="session")
