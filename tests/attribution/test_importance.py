@@ -224,7 +224,7 @@ def test_fixed_point_is_within_half_a_step_and_exact_at_the_ends():
     [
         ("sign", "negative", "'positive', 'absolute'"),
         ("normalisation", "softmax", "'log', 'rank', 'quantile'"),
-        ("scope", "layer", "'row', 'tensor', 'model'"),
+        ("scope", "block", "'row', 'tensor', 'model'"),
         ("quantile", 1.0, "between 0 and 1"),
         ("quantile", math.nan, "between 0 and 1"),
         ("top_k", 0, ">= 1"),
@@ -239,3 +239,20 @@ def test_config_names_option_and_allowed_values(option, value, allowed):
 def test_config_of_the_paper():
     paper = ImportanceConfig.paper()
     assert (paper.sign, paper.normalisation, paper.top_k) == ("positive", "log", 8)
+
+
+def test_scope_layer_compares_within_each_block():
+    scores = {
+        "layers.0.a": torch.tensor([1.0, 2.0]),
+        "layers.0.b": torch.tensor([3.0, 4.0]),
+        "layers.1.a": torch.tensor([10.0, 20.0]),
+        "norm": torch.tensor([7.0]),
+    }
+    found = normalise(scores, ImportanceConfig(normalisation="rank", scope="layer"))
+    expected = {"layers.0.a": [0, 64], "layers.0.b": [128, 191], "layers.1.a": [0, 128], "norm": [0]}
+    assert {name: levels.tolist() for name, levels in found.items()} == expected
+
+
+def test_scores_may_be_taken_as_they_are():
+    found = normalise({"w": torch.tensor([0.0, 0.2, 1.0, 3.0])}, ImportanceConfig(normalisation="none"))
+    assert found["w"].tolist() == [0, 51, 255, 255]
