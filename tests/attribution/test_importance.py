@@ -224,7 +224,7 @@ def test_fixed_point_is_within_half_a_step_and_exact_at_the_ends():
     [
         ("sign", "negative", "'positive', 'absolute'"),
         ("normalisation", "softmax", "'log', 'rank', 'quantile'"),
-        ("scope", "block", "'row', 'tensor', 'model'"),
+        ("scope", "block", "'row', 'tensor', 'layer', 'model'"),
         ("quantile", 1.0, "between 0 and 1"),
         ("quantile", math.nan, "between 0 and 1"),
         ("top_k", 0, ">= 1"),
