@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from agcl.attribution.importance import dequantise
+from agcl.attribution.levels import dequantise
 from agcl.errors import AgclError
 from agcl.gating import GradientGate, UpdateGate, cancels_gradient_gate, choose_gate, flattened, shuffled
 

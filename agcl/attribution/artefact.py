@@ -16,8 +16,8 @@ Metadata are strings. `save_importance` adds the first four, whoever computes th
 ``fingerprint``                      :func:`fingerprint` of the weights that the importance was computed on.
 ``task``                             The task's name. In a merged file ``tasks`` instead: a JSON list of names.
 ``merged``                           How they were merged: ``maximum``, ``mean`` or ``probabilistic_or``.
-``rule``                             Which rule or other estimator gave the relevance: ``attnlrp``, ``none``, ...
-``score``                            ``relevance`` or ``sensitivity``.
+``estimator``                        What scored the weights: ``LRP``, ``Fisher``, ...
+``rule``, ``score``                  Its options, as far as it has them: ``attnlrp``, ``relevance``, ...
 ``num_samples``                      Number of samples.
 ``sign``, ``normalisation``,         The settings by which relevance became importance, as in
 ``scope``, ``quantile``, ``top_k``,  :class:`~agcl.attribution.importance.ImportanceConfig`.

@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 
 from ..errors import AgclError
+from .levels import MAX_LEVEL
 
 Sign = Literal["positive", "absolute"]
 Normalisation = Literal["log", "rank", "quantile", "none"]
 Scope = Literal["row", "tensor", "layer", "model"]
 
-_MAX_LEVEL = 255  # uint8 value that stands for importance 1
+_MAX_LEVEL = MAX_LEVEL[8]
 _MODEL_SAMPLE_ENTRIES = 2**24
 _TINY_RELEVANCE = 1e-30  # alpha / _TINY_RELEVANCE is still a finite float32
 _CPU_CHUNK, _DEVICE_CHUNK = 2**18, 2**24  # entries: temporaries stay in cache; few kernel launches
@@ -239,8 +240,8 @@ def normalise(scores: dict[str, Tensor], config: ImportanceConfig) -> dict[str, 
             1].
 
     Returns:
-        Name to uint8 tensor of the same shape and device; `dequantise` gives [0, 1]. A score of zero has importance
-        zero.
+        Name to uint8 tensor of the same shape and device; `levels.dequantise` gives [0, 1]. A score of zero has
+        importance zero.
 
     Raises:
         AgclError: If a score is negative or not finite; the message names the parameter.
@@ -257,7 +258,7 @@ def normalise(scores: dict[str, Tensor], config: ImportanceConfig) -> dict[str, 
         if not score.numel():
             levels = rows.to(torch.uint8)
         elif takes_as_is:
-            levels = quantise(rows.clamp_(0, 1))
+            levels = _quantise(rows.clamp_(0, 1))
         else:
             levels = _compare(rows, yardsticks[name] if name in yardsticks else _yardstick(rows, config), config)
         importance[name] = levels.view(score.shape)
@@ -298,7 +299,7 @@ def _compare(rows: Tensor, yardstick: Tensor, config: ImportanceConfig) -> Tenso
     yardstick = yardstick.to(rows.device)
     if config.normalisation == "rank":
         return torch.searchsorted(yardstick, rows, out_int32=True).to(torch.uint8)
-    return quantise(rows.div_(rows + yardstick))
+    return _quantise(rows.div_(rows + yardstick))
 
 
 def _spread_sample(scores: Mapping[str, Tensor]) -> Tensor:
@@ -337,16 +338,6 @@ def _rank_steps(ordered: Tensor) -> Tensor:
     return ordered[:, torch.tensor(counts) - 1]
 
 
-def quantise(values: Tensor) -> Tensor:
-    """Fixed point uint8 of values in [0, 1], rounded to nearest; overwrites ``values``."""
+def _quantise(values: Tensor) -> Tensor:
+    """As `levels.quantise` for what is in [0, 1] by construction; overwrites ``values`` instead of copying them."""
     return values.mul_(_MAX_LEVEL).round_().to(torch.uint8)
-
-
-def dequantise(levels: Tensor) -> Tensor:
-    """Importance in [0, 1] as float32 from uint8 fixed point: ``levels / 255``.
-
-    Example:
-        >>> dequantise(torch.tensor([0, 51, 255], dtype=torch.uint8))
-        tensor([0.0000, 0.2000, 1.0000])
-    """
-    return levels.to(torch.float32).div_(_MAX_LEVEL)

@@ -165,32 +165,6 @@ class RunningMerge:
         self._state = {name: state.clone() for name, state in state_dict["state"].items()}
 
 
-def merge_maximum(old: dict[str, Tensor], new: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Running maximum over tasks (Eq. 12), in place in ``old``; parameters new to it are added (not copied).
-
-    Args:
-        old: Name to uint8 importance of the tasks before. Changed.
-        new: Name to uint8 importance of the task just learned; same shapes.
-
-    Returns:
-        ``old``.
-
-    Raises:
-        AgclError: If a shape or dtype does not fit; ``old`` is then unchanged.
-    """
-    for name, levels in new.items():
-        held = old.get(name, levels)
-        if held.dtype != torch.uint8 or levels.dtype != torch.uint8 or held.shape != levels.shape:
-            raise AgclError(
-                f"Importance of `{name}` is {held.dtype} {tuple(held.shape)} so far and {levels.dtype} "
-                f"{tuple(levels.shape)} for the new task; both must be torch.uint8 of one shape."
-            )
-    for name, levels in new.items():
-        held = old.setdefault(name, levels)
-        torch.maximum(held, levels.to(held.device), out=held)
-    return old
-
-
 def _check_how(how: str) -> None:
     if how not in get_args(How):
         raise AgclError(f"`how` is {how!r}; choose one of {', '.join(map(repr, get_args(How)))}.")

@@ -5,6 +5,7 @@ The target is ``f = sum_k logits[0, positions[k], targets[k]]``; relevance is va
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -76,19 +77,13 @@ def attribute_batch(
     check_choice("rule", rule, GradientRule)
     if not samples:
         raise AgclError("`samples` is empty; give at least one.")
-    selected = selected_parameters(model, parameters)
-    if per_sample and len(samples) > 1:
-        try:
-            return _one_pass(model, samples, selected, consume, rule, only_correct, objective)
-        except UnseenUseError:
-            batches = [[sample] for sample in samples]
-    else:
-        batches = [list(samples)]
-    return [
-        flag
-        for batch in batches
-        for flag in _summed(model, batch, None, selected, consume, rule, only_correct, objective)
-    ]
+    attribution = _Attribution(model, selected_parameters(model, parameters), consume, rule, only_correct, objective)
+    if not per_sample or len(samples) == 1:
+        return attribution.of_sum(samples)
+    try:
+        return attribution.of_each(samples)
+    except UnseenUseError:
+        return [flag for sample in samples for flag in attribution.of_sum([sample])]
 
 
 def attribute_sample(
@@ -125,8 +120,8 @@ def attribute_sample(
     """
     check_choice("rule", rule, GradientRule)
     sample = single_sample(input_ids, attention_mask, positions, targets)
-    selected = selected_parameters(model, parameters)
-    return _summed(model, [sample], attention_mask, selected, consume, rule, only_correct, target_logit)[0]
+    attribution = _Attribution(model, selected_parameters(model, parameters), consume, rule, only_correct)
+    return attribution.of_sum([sample], attention_mask)[0]
 
 
 def single_sample(input_ids: Tensor, attention_mask: Tensor | None, positions: Tensor, targets: Tensor) -> Sample:
@@ -156,95 +151,82 @@ def single_sample(input_ids: Tensor, attention_mask: Tensor | None, positions: T
     return sample
 
 
-def _summed(
-    model: nn.Module,
-    samples: Sequence[Sample],
-    attention_mask: Tensor | None,
-    selected: dict[str, nn.Parameter],
-    consume: Consumer,
-    rule: GradientRule,
-    only_correct: bool,
-    objective: Objective,
-) -> list[bool]:
-    """Gradients of the samples' summed objectives."""
-    with recording():
-        stand_ins = make_stand_ins(model, selected)
-        with rules_of(model, rule):
-            logits = answer_logits(model, stand_ins, samples, attention_mask)
-        flags, total = _objective(logits, samples, only_correct, objective)
-        if total is None or not total.requires_grad:
-            return flags  # none of the parameters is used in this forward pass
-        leaves = []
-        for name, parameter in selected.items():
-            leaf = stand_ins[name]
-            leaf.register_post_accumulate_grad_hook(_consuming(name, parameter, consume))
-            leaves.append(leaf)
-        torch.autograd.backward(total, inputs=leaves)
-    return flags
+@dataclass(frozen=True)
+class _Attribution:
+    """What is attributed and how; see :func:`attribute_batch`."""
 
+    model: nn.Module
+    selected: dict[str, nn.Parameter]
+    consume: Consumer
+    rule: GradientRule
+    only_correct: bool
+    objective: Objective = target_logit
 
-def _one_pass(
-    model: nn.Module,
-    samples: Sequence[Sample],
-    selected: dict[str, nn.Parameter],
-    consume: Consumer,
-    rule: GradientRule,
-    only_correct: bool,
-    objective: Objective,
-) -> list[bool]:
-    """Each sample's gradients from one batched pass."""
-    kept: list[int] = []
-    num_uses: dict[str, int] = dict.fromkeys(selected, 0)
-    arrived: dict[str, list[tuple[Use, Tensor]]] = {name: [] for name in selected}
+    def of_sum(self, samples: Sequence[Sample], attention_mask: Tensor | None = None) -> list[bool]:
+        """Gradients of the samples' summed objectives."""
+        with recording():
+            stand_ins = make_stand_ins(self.model, self.selected)
+            with rules_of(self.model, self.rule):
+                logits = answer_logits(self.model, stand_ins, samples, attention_mask)
+            flags, total = self._total(logits, samples)
+            if total is None or not total.requires_grad:
+                return flags  # none of the parameters is used in this forward pass
+            leaves = [stand_ins[name] for name in self.selected]
+            for leaf, (name, parameter) in zip(leaves, self.selected.items(), strict=True):
+                leaf.register_post_accumulate_grad_hook(_consuming(name, parameter, self.consume))
+            torch.autograd.backward(total, inputs=leaves)
+        return flags
 
-    def on_use(name: str, use: Use, output: Tensor) -> None:
-        if output.requires_grad:
-            num_uses[name] += 1
-            output.register_hook(lambda upstream: on_gradient(name, use, upstream))
+    def of_each(self, samples: Sequence[Sample]) -> list[bool]:
+        """Each sample's gradients, from one batched pass; raises UnseenUseError before anything is handed over."""
+        kept: list[int] = []
+        num_uses = dict.fromkeys(self.selected, 0)
+        arrived: dict[str, list[tuple[Use, Tensor]]] = {name: [] for name in self.selected}
 
-    def on_gradient(name: str, use: Use, upstream: Tensor) -> None:
-        arrived[name].append((use, upstream))
-        if len(arrived[name]) == num_uses[name]:
-            hand_over(name)
+        def on_use(name: str, use: Use, output: Tensor) -> None:
+            if output.requires_grad:
+                num_uses[name] += 1
+                output.register_hook(lambda upstream: on_gradient(name, use, upstream))
 
-    def hand_over(name: str) -> None:
-        parameter, parts = selected[name], arrived.pop(name)
-        for index in kept:
-            gradient: Tensor | None = None
-            for use, upstream in parts:
-                gradient = use.add_gradient(gradient, parameter.detach(), index, upstream)
-            if gradient is not None:
-                consume(name, parameter, gradient)
+        def on_gradient(name: str, use: Use, upstream: Tensor) -> None:
+            arrived[name].append((use, upstream))
+            if len(arrived[name]) == num_uses[name]:
+                hand_over(name)
 
-    with recording():
-        stand_ins = make_stand_ins(model, selected)
-        uses = ParameterUses(
-            {name: stand_ins[name] for name in selected},
-            len(samples),
-            max(len(sample.input_ids) for sample in samples),
-            on_use,
-        )
-        with rules_of(model, rule), innermost(model, uses):
-            logits = answer_logits(model, stand_ins, samples)
-        flags, total = _objective(logits, samples, only_correct, objective)
-        kept += [index for index, flag in enumerate(flags) if flag]
-        if total is None or not total.requires_grad:
-            return flags
-        for name in selected:
-            stand_ins[name].register_hook(_refuse_unseen(name))
-        with torch.no_grad():
-            torch.autograd.backward(total, inputs=[*uses.roots, *(stand_ins[name] for name in selected)])
-            for name in [name for name, parts in arrived.items() if parts]:
-                hand_over(name)  # one of its uses was not reached
-    return flags
+        def hand_over(name: str) -> None:
+            parameter, parts = self.selected[name], arrived.pop(name)
+            for index in kept:
+                gradient: Tensor | None = None
+                for use, upstream in parts:
+                    gradient = use.add_gradient(gradient, parameter.detach(), index, upstream)
+                if gradient is not None:
+                    self.consume(name, parameter, gradient)
 
+        with recording():
+            stand_ins = make_stand_ins(self.model, self.selected)
+            leaves = {name: stand_ins[name] for name in self.selected}
+            length = max(len(sample.input_ids) for sample in samples)
+            uses = ParameterUses(leaves, len(samples), length, on_use)
+            with rules_of(self.model, self.rule), innermost(self.model, uses):
+                logits = answer_logits(self.model, stand_ins, samples)
+            flags, total = self._total(logits, samples)
+            kept += [index for index, flag in enumerate(flags) if flag]
+            if total is None or not total.requires_grad:
+                return flags
+            for name, leaf in leaves.items():
+                leaf.register_hook(_refuse_unseen(name))
+            with torch.no_grad():
+                torch.autograd.backward(total, inputs=[*uses.roots, *leaves.values()])
+                for name in [name for name, parts in arrived.items() if parts]:
+                    hand_over(name)  # one of its uses was not reached
+        return flags
 
-def _objective(
-    logits: list[Tensor], samples: Sequence[Sample], only_correct: bool, objective: Objective
-) -> tuple[list[bool], Tensor | None]:
-    flags = [not only_correct or is_correct(row, sample.targets) for row, sample in zip(logits, samples, strict=True)]
-    terms = [objective(row, s.targets) for row, s, flag in zip(logits, samples, flags, strict=True) if flag]
-    return flags, torch.stack(terms).sum() if terms else None
+    def _total(self, logits: list[Tensor], samples: Sequence[Sample]) -> tuple[list[bool], Tensor | None]:
+        """Which samples are attributed, and the sum of their objectives."""
+        pairs = [(row, sample.targets) for row, sample in zip(logits, samples, strict=True)]
+        flags = [not self.only_correct or is_correct(*pair) for pair in pairs]
+        terms = [self.objective(*pair) for pair, flag in zip(pairs, flags, strict=True) if flag]
+        return flags, torch.stack(terms).sum() if terms else None
 
 
 def _refuse_unseen(name: str) -> Callable[[Tensor], None]:

@@ -19,7 +19,6 @@ from agcl.attribution.fingerprints import fingerprint
 from agcl.attribution.importance import ImportanceConfig, normalise
 from agcl.attribution.merging import How, RunningMerge
 from agcl.attribution.passes import Sample
-from agcl.attribution.relevance import attribute_batch
 from agcl.data.tasks import IGNORED_LABEL
 from agcl.errors import AgclError
 from agcl.gating import GradientGate, UpdateGate, cancels_gradient_gate, choose_gate, flattened, shuffled
@@ -110,17 +109,11 @@ class AttributionCallback(Callback):
                 f"gate: gradient protects nothing under {type(optimizer).__name__}, whose step does not change when a "
                 "gradient entry is scaled by a constant. Use gate: update (or auto), or SGD."
             )
-        if not self._parameter_names(pl_module):
+        names = self._parameter_names(pl_module)
+        if not names:
             raise AgclError(f"`parameters` {self._pattern.pattern!r} matches no trainable parameter of the model.")
         with trainer.precision_plugin.forward_context():
-            attribute_batch(
-                self._model(pl_module),
-                [next(self._samples(trainer, pl_module, 0))],
-                consume=lambda *_: None,
-                rule=getattr(self.estimator, "rule", "none"),
-                parameters=self._parameter_names(pl_module),
-                only_correct=False,
-            )
+            self.estimator.check(self._model(pl_module), names, next(self._samples(trainer, pl_module, 0)))
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """On resuming: bring along the earlier tasks' files, make up for a task boundary, gate again."""

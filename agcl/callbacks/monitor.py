@@ -7,7 +7,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
-from agcl.attribution.importance import dequantise
+from agcl.attribution.levels import dequantise
 from agcl.callbacks.attribution import AttributionCallback
 from agcl.metrics import plot_score_matrix
 from agcl.module import SCORE

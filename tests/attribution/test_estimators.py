@@ -168,6 +168,8 @@ def test_wanda_names_what_it_cannot_see():
     model = member("mixtral").float()
     with pytest.raises(UnsupportedModelError, match="Wanda cannot see"):
         e.Wanda().scores(evidence_for(model, known_samples(model)))
+    with pytest.raises(UnsupportedModelError, match="Wanda cannot see"):
+        e.Wanda().check(model, [name for name, _ in model.named_parameters()], known_samples(model, 1)[0])
 
 
 def test_magnitude_change_and_random():

@@ -8,11 +8,10 @@ from agcl.attribution import importance as module
 from agcl.attribution.importance import (
     ImportanceConfig,
     SampleAggregator,
-    dequantise,
     log_scale,
     normalise,
-    quantise,
 )
+from agcl.attribution.levels import dequantise, quantise
 from agcl.errors import AgclError
 
 SHAPES = {"matrix": (7, 5), "vector": (6,), "experts": (2, 3, 4)}

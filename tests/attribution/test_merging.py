@@ -8,7 +8,7 @@ import torch
 
 from agcl.attribution import levels as levels_module
 from agcl.attribution.artefact import LazyImportance, load_importance, open_importance, save_importance
-from agcl.attribution.merging import MAX_MEAN_TASKS, RunningMerge, merge, merge_maximum
+from agcl.attribution.merging import MAX_MEAN_TASKS, RunningMerge, merge
 from agcl.errors import AgclError
 
 HOWS = ["maximum", "mean", "probabilistic_or"]
@@ -250,21 +250,3 @@ def test_files_are_merged_a_tensor_at_a_time(how, tmp_path):
     assert asked == sorted(asked)
     assert len(asked) == 3 * len(SHAPES) - 2  # each once
     assert_same(load_importance(tmp_path / "merged.safetensors")[0], dict(merge(tasks, how)))
-
-
-def test_merge_maximum_is_in_place():
-    old = {"a": torch.tensor([1, 200], dtype=torch.uint8)}
-    held = old["a"]
-    new = {"a": torch.tensor([3, 4], dtype=torch.uint8), "b": torch.tensor([5], dtype=torch.uint8)}
-    assert merge_maximum(old, new) is old
-    assert old["a"] is held
-    assert held.tolist() == [3, 200]
-    assert old["b"].tolist() == [5]
-
-
-@pytest.mark.parametrize("wrong", [torch.zeros(3, dtype=torch.uint8), torch.zeros(2)])
-def test_merge_maximum_refuses_before_it_changes_anything(wrong):
-    old = {"a": torch.zeros(1, dtype=torch.uint8), "b": torch.zeros(2, dtype=torch.uint8)}
-    with pytest.raises(AgclError, match="`b`"):
-        merge_maximum(old, {"a": torch.ones(1, dtype=torch.uint8), "b": wrong})
-    assert old["a"].item() == 0

@@ -140,12 +140,15 @@ def test_merge_in_16_bits_and_of_merged_files(files, tmp_path, capsys):
 def test_merge_says_what_the_files_do_not_share(files, tmp_path, capsys):
     levels = importance(5)
     del levels["model.norm.weight"]
-    save_importance(files[2], levels, {"task": "breton", "model": "other", "score": "sensitivity"})
+    save_importance(
+        files[2], levels, {"task": "breton", "model": "other", "estimator": "Fisher", "score": "sensitivity"}
+    )
     out = " ".join(run(capsys, "merge", *files, "--output", tmp_path / "m.safetensors").split())
     assert "1 of 8 parameters are in some of the files only, such as `model.norm.weight`" in out
     assert "their importance counts as 0" in out
     assert "the files differ in `model`: tiny/llama, other." in out
     assert "the files differ in `score`: relevance, sensitivity." in out
+    assert "the files differ in `estimator`: not said, Fisher." in out
     out = run(capsys, "merge", *files[:2], "--output", tmp_path / "n.safetensors")
     assert "Note" not in out
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from agcl.attribution.estimators.interface import Estimator, Evidence
+from agcl.attribution.passes import selected_parameters
 from agcl.errors import AgclError
 
 
@@ -27,8 +28,7 @@ class Change(Estimator):
 
     def begin_task(self, model: nn.Module, parameters: Sequence[str]) -> None:
         """Copy the weights."""
-        wanted = set(parameters)
-        self._start = {name: p.detach().clone() for name, p in model.named_parameters() if name in wanted}
+        self._start = {name: p.detach().clone() for name, p in selected_parameters(model, parameters).items()}
 
     def scores(self, evidence: Evidence) -> dict[str, Tensor]:
         """See :meth:`Estimator.scores`."""

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from agcl.attribution.importance import ImportanceConfig
-from agcl.attribution.passes import Sample
+from agcl.attribution.passes import Sample, selected_parameters
 
 
 @dataclass
@@ -41,12 +41,23 @@ class Evidence:
 
     def selected(self) -> dict[str, nn.Parameter]:
         """Name -> parameter of those to score, in the model's order."""
-        wanted = set(self.parameters)
-        return {name: parameter for name, parameter in self.model.named_parameters() if name in wanted}
+        return selected_parameters(self.model, self.parameters)
 
 
 class Estimator(ABC):
     """One score per weight and task. A subclass implements `scores`; its constructor's arguments are its options."""
+
+    def check(self, model: nn.Module, parameters: Sequence[str], sample: Sample) -> None:  # noqa: B027 (a hook)
+        """Called before anything is trained: raise if `scores` could not see into this model.
+
+        Args:
+            model: The model.
+            parameters: Names of the parameters to score.
+            sample: One of the first task's, answered right or wrong.
+
+        Raises:
+            UnsupportedModelError: With the remedy.
+        """
 
     def begin_task(self, model: nn.Module, parameters: Sequence[str]) -> None:  # noqa: B027 (a hook, not abstract)
         """Called before a task is trained.

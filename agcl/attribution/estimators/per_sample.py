@@ -1,7 +1,7 @@
 """Estimators that aggregate something made of each sample's gradient."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,12 @@ class PerSampleGradient(Estimator):
             gradient: Same shape; may be overwritten.
         """
         raise NotImplementedError
+
+    def check(self, model: nn.Module, parameters: Sequence[str], sample: Sample) -> None:
+        """See :meth:`Estimator.check`."""
+        attribute_batch(
+            model, [sample], consume=lambda *_: None, rule=self.rule, parameters=parameters, only_correct=False
+        )
 
     def scores(self, evidence: Evidence) -> dict[str, Tensor]:
         """See :meth:`Estimator.scores`."""
