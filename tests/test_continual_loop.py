@@ -303,3 +303,13 @@ def test_undefined_metrics_are_nan(llama_folder, task_files, tmp_path):
     model, data = build(llama_folder, task_files[:1])
     trainer_for(data, tmp_path).fit(model, datamodule=data)
     assert math.isnan(model.transfer()["backward_transfer"])
+
+
+def test_kept_rows_are_few_of_the_tasks_own(llama_folder, task_files):
+    _, data = build(llama_folder, task_files)
+    data.setup()
+    kept = data.kept_rows(1, 3)["input_ids"]
+    assert kept[:2] == data.kept_rows(1, 2)["input_ids"]
+    assert len({tuple(ids) for ids in kept}) == 3
+    assert {tuple(ids) for ids in kept} <= {tuple(ids) for ids in data.training_rows(1)["input_ids"]}
+    assert len(data.kept_rows(1, 99)) == 4

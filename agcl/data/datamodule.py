@@ -162,6 +162,20 @@ class ContinualDataModule(LightningDataModule):
         """Encoded training rows of a task (columns as :meth:`AnswerEncoder.encode_rows` gives them)."""
         return self._train_rows[task_index]
 
+    def kept_rows(self, task_index: int, count: int) -> Dataset:
+        """A few training rows of a task, for methods that keep some of the old tasks'.
+
+        Args:
+            task_index: 0-based.
+            count: At most so many rows; the first ``n`` are the same for every ``count >= n``.
+
+        Returns:
+            Encoded rows, drawn without replacement by ``seed`` and task, in the order drawn.
+        """
+        rows = self._train_rows[task_index]
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + task_index)
+        return rows.select(torch.randperm(len(rows), generator=generator)[:count].tolist())
+
     def train_dataloader(self) -> DataLoader:
         """Batches of the task that the present epoch belongs to, rows of like length together."""
         epoch = 0 if self.trainer is None else self.trainer.current_epoch
