@@ -8,7 +8,13 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from agcl.data.tasks import IGNORED_LABEL, Task, collate
 
@@ -48,23 +54,68 @@ def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
     ).view_as(targets)
 
 
+class LeavesAnswer(StoppingCriteria):
+    """Stops each row as soon as its text can no longer become the wanted answer.
+
+    Args:
+        tokenizer: To decode with.
+        wanted: The rows' answers.
+        prompt_length: Number of tokens before the generated ones, the same for all rows.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, wanted: Sequence[str], prompt_length: int) -> None:
+        self.tokenizer = tokenizer
+        self.wanted = [_without_spaces(answer) for answer in wanted]
+        self.prompt_length = prompt_length
+
+    def __call__(self, input_ids: torch.LongTensor, scores: Tensor, **kwargs: Any) -> Any:
+        """Whether each row is done, shape ``(batch,)``, bool."""
+        texts = self.tokenizer.batch_decode(input_ids[:, self.prompt_length :], skip_special_tokens=True)
+        # A character of several bytes decodes to the replacement character while it is not complete.
+        begun = [_without_spaces(text).rstrip("\ufffd") for text in texts]
+        done = [not answer.startswith(text) for answer, text in zip(self.wanted, begun, strict=True)]
+        return torch.tensor(done, device=input_ids.device)
+
+
+def _without_spaces(text: str) -> str:
+    """Some tokenizers take a space back when the next token comes (``do n't``)."""
+    return "".join(text.split())
+
+
 def generate_answers(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
+    wanted: Sequence[str] | None = None,
 ) -> list[str]:
-    """Greedy answers to prompts given as token ids, special tokens and surrounding white space removed."""
+    """Greedy answers to prompts, special tokens and surrounding white space removed.
+
+    Args:
+        model: The language model.
+        tokenizer: To decode with.
+        prompts: Token ids.
+        max_new_tokens: Length limit of an answer.
+        wanted: The right answers: a row that has left its own is not finished, which saves most of the time where much
+            is wrong. What is generated for it is its beginning, and certainly not the wanted answer.
+
+    Returns:
+        One text for each prompt.
+    """
     context = getattr(_base_model(model).config, "max_position_embeddings", None) if len(prompts) > 1 else None
     if context is not None and max(map(len, prompts)) + max_new_tokens > context:
         # Beside a long prompt a short one could not be given the room for its own answer.
+        answers = [None] * len(prompts) if wanted is None else [[answer] for answer in wanted]
         return [
-            generate_answers(model, tokenizer, [prompt], min(max_new_tokens, context - len(prompt)))[0]
-            for prompt in prompts
+            generate_answers(model, tokenizer, [prompt], min(max_new_tokens, context - len(prompt)), answer)[0]
+            for prompt, answer in zip(prompts, answers, strict=True)
         ]
     rows = [{"input_ids": ids, "labels": ids, "label": -1, "answer": ""} for ids in prompts]
     batch = collate(rows, int(tokenizer.pad_token_id))
     input_ids = batch["input_ids"].to(model.device)
+    criteria = StoppingCriteriaList()
+    if wanted is not None:
+        criteria.append(LeavesAnswer(tokenizer, wanted, input_ids.shape[1]))
     output = model.generate(
         input_ids=input_ids,
         attention_mask=batch["attention_mask"].to(model.device),
@@ -78,6 +129,7 @@ def generate_answers(
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         ),
+        stopping_criteria=criteria,
     )
     texts = tokenizer.batch_decode(output[:, input_ids.shape[1] :], skip_special_tokens=True)
     return [text.strip() for text in texts]
@@ -146,11 +198,12 @@ class TaskScorer(nn.Module):
         if self.task.metric == "label_ranking":
             self.score.update(rank_labels(model, prompts, self.candidates, int(tokenizer.pad_token_id)), batch["label"])
             return
-        answers = generate_answers(model, tokenizer, prompts, self.max_new_tokens)
         if self.task.metric == "exact_match":
+            answers = generate_answers(model, tokenizer, prompts, self.max_new_tokens, batch["answer"])
             hits = [float(given == wanted) for given, wanted in zip(answers, batch["answer"], strict=True)]
             self.score.update(torch.tensor(hits, device=targets.device))
         else:
+            answers = generate_answers(model, tokenizer, prompts, self.max_new_tokens)
             labels = [self.task.label_answer(label).strip() for label in self.task.labels or ()]
             given = [labels.index(answer) if answer in labels else len(labels) for answer in answers]
             self.score.update(torch.tensor(given, device=targets.device), batch["label"])

@@ -5,7 +5,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from agcl.data.tasks import Task, collate
-from agcl.scoring import TaskScorer, answer_logits, generate_answers, rank_labels, token_nll
+from agcl.scoring import LeavesAnswer, TaskScorer, answer_logits, generate_answers, rank_labels, token_nll
 
 
 @pytest.fixture(params=["llama", "gpt2"])
@@ -60,6 +60,27 @@ def test_generation_equals_step_by_step_argmax(model):
     assert generate_answers(model, character_tokenizer(), prompts, max_new_tokens=5) == expected
 
 
+def test_rows_that_left_their_answer_are_not_finished(model):
+    prompts = [row(p, "")["input_ids"][:-1] for p in ("cat?", "a longer prompt?", "owl?")]
+    free = generate_answers(model, character_tokenizer(), prompts, max_new_tokens=6)
+    assert all(len(answer) > 2 for answer in free)
+    wrong = free[1][0] + "#" + free[1][2:]  # goes wrong at its second character
+    given = generate_answers(model, character_tokenizer(), prompts, max_new_tokens=6, wanted=[free[0], wrong, free[2]])
+    assert given == [free[0], free[1][:2], free[2]]
+
+
+def test_answers_of_unfinished_characters_are_not_left():
+    class Bytes:
+        """Decodes two tokens to one character, and closes up spaces afterwards, as some tokenizers do."""
+
+        def batch_decode(self, rows, skip_special_tokens):
+            texts = {1: "\ufffd", 2: "\u00e9", 3: "\u00e9 n", 4: "\u00e9n't", 5: "\u00e9n'x"}
+            return [texts[len(ids)] for ids in rows]
+
+    criterion = LeavesAnswer(Bytes(), ["\u00e9n't"], prompt_length=2)
+    assert [criterion(torch.zeros(1, 2 + n), None).item() for n in (1, 2, 3, 4, 5)] == [False] * 4 + [True]
+
+
 def test_ranking_takes_the_most_likely_label(model):
     labels = [" a", " bb", " c"]
     prompts = ["cat?", "a longer prompt?"]
@@ -84,7 +105,7 @@ class Parrot(nn.Module):
         self.device = torch.device("cpu")
         self.config = PreTrainedConfig()
 
-    def generate(self, input_ids, attention_mask, generation_config):
+    def generate(self, input_ids, **options):
         ids = character_tokenizer()(self.answer)["input_ids"]
         return torch.cat([input_ids, torch.tensor([[*ids, 1]] * len(input_ids))], dim=1)
 
