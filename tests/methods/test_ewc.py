@@ -126,9 +126,9 @@ def test_other_estimators_and_chosen_parameters(llama_folder, task_files, tmp_pa
 
 
 BAD = [
-    ({"strength": -1.0}, "`strength` is -1.0"),
+    ({"strength": -1.0}, r"`strength` is -1\.0"),
     ({"strength": 1.0, "mode": "both"}, "`mode` is 'both'"),
-    ({"strength": 1.0, "decay": 1.5}, "`decay` is 1.5"),
+    ({"strength": 1.0, "decay": 1.5}, r"`decay` is 1\.5"),
     ({"strength": 1.0, "num_samples": 0}, "`num_samples` is 0"),
 ]
 

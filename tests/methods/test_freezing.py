@@ -128,7 +128,7 @@ def test_hft_share_and_biases(gpt2_folder, task_files, tmp_path):
 
 
 def test_hft_refusals():
-    with pytest.raises(AgclError, match="`share` is 1.0"):
+    with pytest.raises(AgclError, match=r"`share` is 1\.0"):
         HFT(share=1.0)
     with pytest.raises(AgclError, match="HFT finds no decoder blocks"):
         HFT().choose(torch.nn.Linear(1, 1), {"weight": torch.nn.Parameter(torch.ones(1))}, 0)

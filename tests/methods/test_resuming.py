@@ -45,14 +45,18 @@ def straight(request, gpt2_folder, task_files, tmp_path_factory):
     model, data = build(gpt2_folder, task_files)
     callback = METHODS[request.param]()
     trainer_for(data, tmp_path_factory.mktemp("straight"), [callback]).fit(model, datamodule=data)
-    return request.param, weights(model), callback.state_dict()
+    return request.param, weights(model), callback.state_dict(), scores(model)
+
+
+def scores(model):
+    return {name: matrix.compute().nan_to_num() for name, matrix in model.score_matrices.items()}
 
 
 # Task 1 takes steps 6 to 11. The checkpoint of step 8 is one inside of it, of step 9 one inside of an epoch; that of
 # step 12 is one of an epoch's last batch, taken before the task boundary.
 @pytest.mark.parametrize(("every_n_steps", "crash_at"), [(None, 9), (1, 9), (1, 12)])
 def test_resumed_run_equals_the_straight_one(gpt2_folder, task_files, tmp_path, straight, every_n_steps, crash_at):
-    name, expected, state = straight
+    name, expected, state, matrices = straight
     interval = {"every_n_train_steps": every_n_steps} if every_n_steps else {"every_n_epochs": 1}
     checkpoints = ModelCheckpoint(tmp_path / "checkpoints", save_top_k=-1, filename="{step}", **interval)
     model, data = build(gpt2_folder, task_files)
@@ -70,3 +74,4 @@ def test_resumed_run_equals_the_straight_one(gpt2_folder, task_files, tmp_path, 
     for parameter, values in weights(model).items():
         assert torch.equal(values, expected[parameter]), parameter
     assert equal(callback.state_dict(), state)
+    assert equal(scores(model), matrices)
