@@ -1,4 +1,4 @@
-"""Each method survives a crash: the resumed run ends bit for bit like the straight one."""
+"""Each method survives a crash: the resumed run ends bit for bit like the straight one. Each runs in bfloat16."""
 
 import pytest
 import torch
@@ -37,6 +37,15 @@ def equal(one, two):
     if isinstance(one, dict):
         return one.keys() == two.keys() and all(equal(one[key], two[key]) for key in one)
     return one == two
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_run_in_low_precision(gpt2_folder, task_files, tmp_path, name):
+    model, data = build(gpt2_folder, task_files[:2])
+    trainer_for(data, tmp_path, [METHODS[name]()], precision="bf16-true", gradient_clip_val=1.0).fit(
+        model, datamodule=data
+    )
+    assert all(p.dtype == torch.bfloat16 and p.isfinite().all() for p in model.parameters())
 
 
 @pytest.fixture(scope="module", params=METHODS)
