@@ -1,14 +1,13 @@
 """Elastic weight consolidation (Kirkpatrick et al., PNAS 2017, arXiv 1612.00796)."""
 
-import re
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, Trainer
 from torch.optim import Optimizer
 
-from agcl.attribution.estimators import Evidence, Fisher, PerSampleGradient
-from agcl.data.samples import training_samples
+from agcl.attribution.estimators import Fisher, PerSampleGradient
 from agcl.errors import AgclError
+from agcl.methods.evidence import task_evidence
 from agcl.methods.quadratic import QuadraticPenalty
 
 
@@ -28,15 +27,13 @@ class EWC(Callback):
             ICML 2018, arXiv 1805.06370; its factor of ``decay`` on the whole penalty is left to ``strength``).
         decay: Of the earlier tasks' Fisher information per task, in [0, 1]; ``online`` alone.
         estimator: ``Fisher`` if left out; ``EmpiricalFisher`` takes the true answers; ``MAS`` makes it Memory Aware
-            Synapses. Any of ``agcl.attribution.estimators`` that works on gradients per sample.
+            Synapses.
         num_samples: Rows of each task, at most, that ``F`` is the mean over.
-        batch_size: Rows that are run together; None means as many as in training.
         parameters: Regular expression; only parameters whose name it is found in are penalised.
         seed: Choice of the rows, draw of the labels.
 
     Raises:
-        AgclError: For values outside these, or, before anything is trained, a model whose gradients per sample cannot
-            be seen, or an optimizer that unscales gradients itself.
+        AgclError: For other values; before training, for an optimizer that unscales gradients itself.
     """
 
     def __init__(
@@ -46,7 +43,6 @@ class EWC(Callback):
         decay: float = 0.95,
         estimator: PerSampleGradient | None = None,
         num_samples: int = 64,
-        batch_size: int | None = None,
         parameters: str = "",
         seed: int = 0,
     ) -> None:
@@ -63,12 +59,10 @@ class EWC(Callback):
         self.decay = decay
         self.estimator = Fisher() if estimator is None else estimator
         self.num_samples = num_samples
-        self.batch_size = batch_size
         self.parameters = parameters
         self.seed = seed
         self.penalty = QuadraticPenalty()
-        self.num_boundaries = 0
-        """Number of tasks that the penalty holds."""
+        self.num_boundaries = 0  # of the tasks that the penalty holds
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Check optimizer, parameters and architecture before anything is trained."""
@@ -78,11 +72,9 @@ class EWC(Callback):
                 "Under 16-mixed precision a fused optimizer unscales all gradients inside of its step, the penalty's "
                 "too: set `fused: false`, or precision bf16-mixed."
             )
-        names = self._names(pl_module)
-        if not names:
-            raise AgclError(f"`parameters` {self.parameters!r} matches no trainable parameter of the model.")
+        evidence = task_evidence(trainer, pl_module, 0, self.parameters, self.num_samples, self.seed)
         with trainer.precision_plugin.forward_context():
-            self.estimator.check(pl_module.model, names, next(iter(self._evidence(trainer, pl_module, 0).samples)))
+            self.estimator.check(pl_module.model, evidence.parameters, next(iter(evidence.samples)))
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """On resuming: make up for a task boundary that Lightning goes on without."""
@@ -100,8 +92,9 @@ class EWC(Callback):
         # On resuming, Lightning may run an epoch's end again; the last task's is of no more use.
         if self.num_boundaries > index or index + 1 == len(pl_module.tasks):
             return
+        evidence = task_evidence(trainer, pl_module, index, self.parameters, self.num_samples, self.seed)
         with trainer.precision_plugin.forward_context():
-            fisher = self.estimator.scores(self._evidence(trainer, pl_module, index))
+            fisher = self.estimator.scores(evidence)
         weights = dict(pl_module.model.named_parameters())
         if self.mode == "separate":
             self.penalty.add(fisher, weights)
@@ -114,22 +107,6 @@ class EWC(Callback):
         if self.penalty.precision:
             weights = dict(pl_module.model.named_parameters())
             pl_module.log("ewc/penalty", self.penalty.add_gradient(weights, self.strength))
-
-    def _evidence(self, trainer: Trainer, pl_module: Any, index: int) -> Evidence:
-        datamodule = trainer.datamodule  # type: ignore[attr-defined]
-        return Evidence(
-            pl_module.model,
-            self._names(pl_module),
-            training_samples(datamodule, index, seed=self.seed, device=pl_module.device),
-            self.num_samples,
-            batch_size=self.batch_size or datamodule.batch_size,
-            seed=self.seed,
-            only_correct=False,
-        )
-
-    def _names(self, pl_module: Any) -> list[str]:
-        named = pl_module.model.named_parameters()
-        return [name for name, p in named if p.requires_grad and re.search(self.parameters, name)]
 
     def extra_bytes(self) -> int:
         """Bytes kept between steps beyond plain fine-tuning: 8 per weight, whatever the number of tasks."""

@@ -1,8 +1,6 @@
 """Momentum-filtered optimizer (Chen et al., arXiv 2407.20999)."""
 
 import inspect
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -70,13 +68,13 @@ class MoFO(Callback):
         if closure is None:  # a gradient scaler's step
             self._copy(optimizer)
             return None
-        # Lightning's closure runs forward and backward; only after it are the gradients there.
-        return args, {**kwargs, "closure": partial(self._run_closure, optimizer, closure)}
 
-    def _run_closure(self, optimizer: Optimizer, closure: Callable[[], Any]) -> Any:
-        result = closure()
-        self._copy(optimizer)
-        return result
+        def run() -> Any:
+            result = closure()
+            self._copy(optimizer)  # only after Lightning's closure are the gradients there
+            return result
+
+        return args, {**kwargs, "closure": run}
 
     def _copy(self, optimizer: Optimizer) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
@@ -97,12 +95,7 @@ class MoFO(Callback):
 
 
 def largest(momentum: Tensor, share: float) -> Tensor:
-    """Which entries are among the top ``share`` by magnitude, and not zero; boolean, the momentum's shape.
-
-    Example:
-        >>> largest(torch.tensor([3.0, -4.0, 1.0, 0.0]), share=0.5)
-        tensor([ True,  True, False, False])
-    """
+    """Which entries are among the top ``share`` by magnitude, and not zero; boolean, the momentum's shape."""
     magnitude = momentum.detach().abs()
     rank = magnitude.numel() - max(1, round(share * magnitude.numel()))  # of the smallest that moves, from below
     if magnitude.device.type == "cpu":  # several times as fast as torch's selection
