@@ -24,10 +24,14 @@ def task_evidence(
         seed: Choice of the rows, and of what the estimator draws.
 
     Raises:
-        AgclError: If the expression matches no trainable parameter.
+        AgclError: If the expression is none, or matches no trainable parameter.
     """
+    try:
+        pattern = re.compile(parameters)
+    except re.error as error:
+        raise AgclError(f"`parameters` is not a regular expression: {parameters!r} ({error}).") from error
     named = pl_module.model.named_parameters()
-    names = [name for name, p in named if p.requires_grad and re.search(parameters, name)]
+    names = [name for name, p in named if p.requires_grad and pattern.search(name)]
     if not names:
         raise AgclError(f"`parameters` {parameters!r} matches no trainable parameter of the model.")
     datamodule = trainer.datamodule  # type: ignore[attr-defined]

@@ -21,7 +21,7 @@ class EWC(Callback):
     The penalty's gradient is added in closed form once per optimizer step, after accumulation and before clipping.
 
     Args:
-        strength: Factor of the penalty; to be tuned over powers of ten.
+        strength: Factor of the penalty, to be tuned over powers of ten; under SGD, lr * strength * F > 2 diverges.
         mode: ``separate``: one parabola per task, each around that task's own weights (the paper; in memory that does
             not grow with the tasks). ``online``: decayed Fisher information around the latest weights (Schwarz et al.,
             ICML 2018, arXiv 1805.06370; its factor of ``decay`` on the whole penalty is left to ``strength``).

@@ -143,6 +143,8 @@ def test_refusals_before_training(llama_folder, task_files, tmp_path):
     model, data = build(llama_folder, task_files[:2])
     with pytest.raises(AgclError, match="`parameters` 'nothing' matches no trainable parameter"):
         trainer_for(data, tmp_path, [EWC(1.0, parameters="nothing")]).fit(model, datamodule=data)
+    with pytest.raises(AgclError, match="`parameters` is not a regular expression"):
+        trainer_for(data, tmp_path, [EWC(1.0, parameters="(")]).fit(model, datamodule=data)
     model, data = build(llama_folder, task_files[:2], optimizer=partial(torch.optim.AdamW, fused=True))
     scaler = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu"))
     with pytest.raises(AgclError, match="Under 16-mixed precision a fused optimizer"):
