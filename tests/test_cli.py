@@ -135,6 +135,18 @@ def test_shipped_configurations_parse(path, capsys, monkeypatch):
         assert printed_config(capsys, monkeypatch, QUICKSTART, path) != quickstart
 
 
+def test_the_overlay_of_agcl_is_the_quick_starts(capsys, monkeypatch):
+    quickstart = printed_config(capsys, monkeypatch, QUICKSTART)
+    overlay = printed_config(capsys, monkeypatch, QUICKSTART, CONFIGS / "method" / "agcl.yaml")
+    assert overlay["trainer"]["callbacks"] == quickstart["trainer"]["callbacks"][:1]
+
+
+def test_the_gradient_gates_sgd_has_nothing_of_adamw(capsys, monkeypatch):
+    overlay = printed_config(capsys, monkeypatch, QUICKSTART, CONFIGS / "method" / "agcl_gradient_sgd.yaml")
+    assert overlay["model"]["optimizer"]["class_path"] == "torch.optim.SGD"
+    assert overlay["model"]["optimizer"]["init_args"]["weight_decay"] == 0.0
+
+
 def test_the_twin_differs_in_the_callbacks_alone(capsys, monkeypatch):
     quickstart = printed_config(capsys, monkeypatch, QUICKSTART)
     twin = printed_config(capsys, monkeypatch, QUICKSTART, CONFIGS / "quickstart_sequential.yaml")

@@ -19,7 +19,7 @@ from agcl.attribution.fingerprints import fingerprint
 from agcl.attribution.importance import ImportanceConfig, normalise
 from agcl.attribution.merging import How, RunningMerge
 from agcl.attribution.passes import Sample
-from agcl.data.tasks import IGNORED_LABEL
+from agcl.data.samples import training_samples
 from agcl.errors import AgclError
 from agcl.gating import GradientGate, UpdateGate, cancels_gradient_gate, choose_gate, flattened, shuffled
 
@@ -213,16 +213,8 @@ class AttributionCallback(Callback):
             return self.estimator.scores(evidence), evidence.num_used
 
     def _samples(self, trainer: Trainer, pl_module: Any, index: int) -> Iterator[Sample]:
-        """A task's training rows in a fixed random order."""
-        rows = trainer.datamodule.training_rows(index)  # type: ignore[attr-defined]
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.seed))
-        for row in order.tolist():
-            input_ids, labels = (
-                torch.tensor(rows[row][key], device=pl_module.device) for key in ("input_ids", "labels")
-            )
-            answer = (labels != IGNORED_LABEL).nonzero().flatten()
-            # The logits at one position predict the next token.
-            yield Sample(input_ids, positions=answer - 1, targets=labels[answer])
+        datamodule = trainer.datamodule  # type: ignore[attr-defined]
+        return training_samples(datamodule, index, seed=self.seed, device=pl_module.device)
 
     def _parameter_names(self, pl_module: Any) -> list[str]:
         named = self._model(pl_module).named_parameters()

@@ -18,12 +18,13 @@ class Evidence:
     Attributes:
         model: The model that has learned the task.
         parameters: Names of the parameters to score.
-        samples: The task's training rows in a fixed random order; those answered wrongly are skipped.
-        num_samples: Number of correctly answered rows to use.
+        samples: The task's training rows in a fixed random order.
+        num_samples: Number of rows to use.
         batch_size: Rows that are run together.
         per_sample: Whether each row of a batch counts as one draw, or the batch's sum does.
         config: How scores are aggregated over samples.
         seed: For estimators that draw random numbers.
+        only_correct: Whether rows that the model answers wrongly are skipped, and not counted.
         on_progress: Called with the number of further samples that were used.
         num_used: Set by the estimator: number of samples that the scores rest on.
     """
@@ -36,6 +37,7 @@ class Evidence:
     per_sample: bool = True
     config: ImportanceConfig = field(default_factory=ImportanceConfig)
     seed: int = 0
+    only_correct: bool = True
     on_progress: Callable[[int], None] = lambda count: None
     num_used: int = 0
 
@@ -75,7 +77,7 @@ class Estimator(ABC):
             evidence: Model, samples and settings; ``num_used`` is set.
 
         Returns:
-            Name -> score >= 0, float32, the parameter's shape; empty if no sample is answered correctly.
+            Name -> score >= 0, float32, the parameter's shape; empty if no sample is used (none is answered correctly).
         """
 
     def state_dict(self) -> dict[str, Any]:

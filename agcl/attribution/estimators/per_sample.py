@@ -52,7 +52,7 @@ class PerSampleGradient(Estimator):
         return aggregator.aggregate()
 
     def visit(self, evidence: Evidence, consume: Consumer) -> None:
-        """Run samples until enough were answered correctly.
+        """Run samples until enough were used.
 
         Args:
             evidence: Where ``num_used`` is set.
@@ -66,6 +66,7 @@ class PerSampleGradient(Estimator):
                 consume=consume,
                 rule=self.rule,
                 parameters=evidence.parameters,
+                only_correct=evidence.only_correct,
                 per_sample=evidence.per_sample,
                 objective=self.objective,
             )

@@ -28,14 +28,14 @@ class Wanda(Estimator):
 
     def check(self, model: nn.Module, parameters: Sequence[str], sample: Sample) -> None:
         """See :meth:`Estimator.check`."""
-        _input_squares(model, selected_parameters(model, parameters), sample)
+        _input_squares(model, selected_parameters(model, parameters), sample, only_correct=False)
 
     def scores(self, evidence: Evidence) -> dict[str, Tensor]:
         """See :meth:`Estimator.scores`."""
         selected = evidence.selected()
         squares: dict[str, Tensor] = {}
         for sample in evidence.samples:
-            found = _input_squares(evidence.model, selected, sample)
+            found = _input_squares(evidence.model, selected, sample, only_correct=evidence.only_correct)
             if found is not None:
                 for name, part in found.items():
                     squares[name] = squares[name] + part if name in squares else part
@@ -51,8 +51,10 @@ class Wanda(Estimator):
 
 
 @torch.no_grad()
-def _input_squares(model: nn.Module, selected: dict[str, nn.Parameter], sample: Sample) -> dict[str, Tensor] | None:
-    """What each parameter met, uses added up; None if the answer is wrong."""
+def _input_squares(
+    model: nn.Module, selected: dict[str, nn.Parameter], sample: Sample, *, only_correct: bool
+) -> dict[str, Tensor] | None:
+    """What each parameter met, uses added up; None if the answer is wrong and only right ones count."""
     found: dict[str, Tensor] = {}
     stand_ins = make_stand_ins(model, selected)
 
@@ -69,4 +71,4 @@ def _input_squares(model: nn.Module, selected: dict[str, nn.Parameter], sample: 
             f"Wanda cannot see what a parameter of `{type(model).__name__}` multiplies ({error}); "
             "choose another estimator, or leave such parameters out with `parameters`."
         ) from error
-    return found if is_correct(logits, sample.targets) else None
+    return found if not only_correct or is_correct(logits, sample.targets) else None
