@@ -50,8 +50,8 @@ def attribute_batch(
     the parameters (which do not fire). The relevance of a parameter is ``parameter.detach() * gradient``.
 
     The gradient of each sample comes out of the one batched pass, from what each linear map, normalisation and
-    embedding received and sent back. Where a model uses parameters in another way (experts, ``1 + weight``), the
-    samples are run one by one.
+    embedding received and sent back. Where a model uses parameters in another way (experts), the samples are run one by
+    one.
 
     Args:
         model: A causal language model; its forward pass takes ``input_ids`` and returns ``logits``.

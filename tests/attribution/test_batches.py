@@ -3,7 +3,7 @@
 import pytest
 import torch
 from tiny_decoders import VOCAB, Snapshot, tiny_llama
-from tiny_families import KINDS, member
+from tiny_families import EXPERTS, KINDS, member
 
 from agcl.attribution import uses
 from agcl.attribution.passes import Sample
@@ -31,8 +31,8 @@ def collected(model, batch, **options):
     return found, flags
 
 
-# Those whose parameters enter operations in another way are run one by one: ``1 + weight``, experts.
-IN_ONE_PASS = [name for name in KINDS if not name.startswith(("gemma", "mixtral", "qwen3_moe"))]
+# With experts, which sample a row belongs to is not known: one by one.
+IN_ONE_PASS = [name for name in KINDS if name not in EXPERTS]
 
 
 def count_passes(model):
