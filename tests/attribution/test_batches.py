@@ -3,9 +3,9 @@
 import pytest
 import torch
 from tiny_decoders import VOCAB, Snapshot, tiny_llama
-from tiny_families import EXPERTS, KINDS, member
+from tiny_families import EXPERTS, KINDS, KeepFloat64, member
 
-from agcl.attribution import uses
+from agcl.attribution import roles
 from agcl.attribution.passes import Sample
 from agcl.attribution.relevance import attribute_batch
 from agcl.errors import AgclError
@@ -62,6 +62,35 @@ def test_each_samples_gradient_is_what_it_is_alone(name, rule):
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-9, msg=key)
 
 
+@pytest.mark.parametrize("name", ["llama", "opt", "gemma2", "mixtral"])
+@pytest.mark.parametrize("per_sample", [True, False])
+def test_samples_padded_on_the_left_keep_their_mask_in_a_batch(name, per_sample):
+    model = member(name)
+    plain = samples()
+    padded = []
+    for sample, count in zip(plain, (2, 5, 0), strict=True):
+        padding = torch.zeros(count, dtype=torch.long)
+        ids = torch.cat([padding, sample.input_ids])
+        mask = torch.cat([padding, torch.ones_like(sample.input_ids)]) if count else None
+        padded.append(Sample(ids, sample.positions + count, sample.targets, mask))
+    without = [Sample(s.input_ids, s.positions, s.targets) for s in padded]
+    with KeepFloat64():
+        expected, found, unmasked = (
+            collected(model, batch, only_correct=False, per_sample=per_sample)[0] for batch in (plain, padded, without)
+        )
+    assert found.keys() == expected.keys()
+    for key, gradients in expected.items():
+        for gradient, other in zip(gradients, found[key], strict=True):
+            torch.testing.assert_close(other, gradient, rtol=1e-10, atol=1e-12, msg=key)
+    assert any(not torch.allclose(unmasked[key][0], expected[key][0], rtol=1e-2) for key in expected)
+
+
+def test_a_mask_of_another_length_is_refused():
+    sample = Sample(torch.tensor([3, 4, 5]), torch.tensor([1]), torch.tensor([5]), torch.ones(2))
+    with pytest.raises(AgclError, match=r"`attention_mask` has shape \(2,\), but the sample's `input_ids` \(3,\)"):
+        collected(tiny_llama(), [sample, sample])
+
+
 def test_the_batchs_sum_is_the_sum_of_the_samples():
     model = tiny_llama()
     apart, _ = collected(model, samples(), only_correct=False)
@@ -114,7 +143,7 @@ def test_only_chosen_parameters_of_an_adapter_are_reported():
 def test_an_operation_not_understood_makes_the_samples_run_one_by_one(monkeypatch):
     model = tiny_llama()
     linear = torch.nn.functional.linear
-    monkeypatch.delitem(uses._ROLES, linear)
+    monkeypatch.delitem(roles.ROLES, linear)
     passes = count_passes(model)
     collected(model, samples(), only_correct=False)  # not understood: one by one
     assert passes[-3:] == [1, 1, 1]

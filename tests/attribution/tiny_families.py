@@ -70,7 +70,7 @@ _UNUSUAL = {
         "altup_num_inputs": 2,
         "laurel_rank": 4,
         "num_kv_shared_layers": 0,
-        "activation_sparsity_pattern": (0.5, 0.0),
+        "activation_sparsity_pattern": [0.5, 0.0],
     },
 }
 UNUSUAL = tuple(_UNUSUAL)
