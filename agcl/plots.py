@@ -13,9 +13,10 @@ from torch import Tensor
 from agcl.attribution.artefact import LazyImportance, shapes_of
 from agcl.attribution.levels import CHUNK, DTYPES, MAX_LEVEL, bits_of, chunks, histogram
 from agcl.errors import AgclError
+from agcl.heatmaps import write_numbers
 
-_DARK_BELOW = 0.43  # viridis: with white text below and black above, the contrast is at least 4.5 : 1 everywhere
-_IMPORTANCE, _PLASTICITY = "mean importance (0 free, 1 frozen)", "mean plasticity (0 frozen, 1 free)"
+_IMPORTANCE, _PLASTICITY = "mean importance\n0: free, 1: frozen", "mean plasticity\n0: frozen, 1: free"
+_INCHES = 0.05  # height of a character in a slanted label
 _DIGIT = 2**16 - 1
 _GENERIC_PARTS = {"model", "transformer", "base_model", "base_layer", "modules_to_save", "weight", "bias", "default"}
 _AMBIGUOUS_KINDS = {"c_proj", "lora_A", "lora_B"}  # in one layer they occur in several modules
@@ -172,7 +173,8 @@ def plot_importance_overlap(
     """
     names = list(importances)
     panels = [panel.tolist() for panel in overlaps or importance_overlaps(importances, top_share)]
-    figure = Figure(figsize=(max(7.0, 3.2 + 1.3 * len(names)), 2.0 + 0.55 * len(names)), layout="constrained")
+    width, height = max(7.0, 3.2 + 1.3 * len(names)), 2.1 + 0.55 * len(names) + _INCHES * max(map(len, names))
+    figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots(1, 2)
     titles = "Cosine similarity", f"Top {100 * top_share:g} %: intersection over union"
     for ax, panel, title in zip(axes, panels, titles, strict=True):
@@ -180,10 +182,7 @@ def plot_importance_overlap(
         ax.set_xticks(range(len(names)), names, rotation=30, ha="right", rotation_mode="anchor")
         ax.set_yticks(range(len(names)), names if ax is axes[0] else [""] * len(names))
         ax.set_title(title, fontsize=10)
-        for y, row in enumerate(panel):
-            for x, value in enumerate(row):
-                colour = "white" if value < _DARK_BELOW else "black"
-                ax.text(x, y, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=8)
+        write_numbers(ax, panel, fontsize=8)
     axes[1].set_xlabel(f"unrelated tasks: about {top_share / (2 - top_share):.2g}", fontsize=8)
     figure.colorbar(image, ax=axes, shrink=0.8, label="overlap (1: the same weights)")
     return figure, axes
@@ -224,7 +223,8 @@ def _by_layer(
     """Heat map with a row for each layer; colours from 0 to ``largest``, or to the largest value."""
     if not layers:
         raise AgclError("There is nothing to draw: the mapping is empty. Values exist once the first task is learned.")
-    figure = Figure(figsize=(3.0 + 0.55 * len(columns), 2.2 + 0.2 * len(layers)), layout="constrained")
+    height = 2.0 + 0.2 * len(layers) + _INCHES * max(map(len, columns))
+    figure = Figure(figsize=(3.2 + 0.55 * len(columns), height), layout="constrained")
     ax = figure.add_subplot()
     image = ax.imshow(grid, cmap="viridis", aspect="auto", vmin=0, vmax=largest)
     ax.set_xticks(range(len(columns)), columns, rotation=40, ha="right", rotation_mode="anchor")

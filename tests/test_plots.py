@@ -182,6 +182,23 @@ def test_overlap_picture_is_symmetric_and_in_the_order_of_the_tasks():
             assert shown == pytest.approx([pair[panel] for pair in row])
 
 
+@pytest.mark.parametrize("num", [1, 3, 12])
+def test_nothing_is_cut_off(num):
+    tasks = [*(f"task{i}" for i in range(num)), "a_rather_long_task_name"]
+    pictures = [
+        plot_importance_overlap({task: importance(i) for i, task in enumerate(tasks)}),
+        plot_plasticity({task: {f"layer {i:02d}": 0.5 for i in range(num)} for task in tasks}),
+        plot_importance_map({f"layers.{i}.post_attention_layernorm.weight": torch.ones(2) for i in range(num)}),
+    ]
+    for figure, _ in pictures:
+        figure.draw_without_rendering()
+        box = figure.get_tightbbox()  # inches
+        assert box.x0 >= 0
+        assert box.y0 >= 0
+        assert box.x1 <= figure.get_figwidth()
+        assert box.y1 <= figure.get_figheight()
+
+
 @pytest.mark.parametrize("num_tasks", [1, 2])
 def test_titles_of_the_two_panels_stay_apart(num_tasks):
     figure, axes = plot_importance_overlap({f"task{i}": importance(i) for i in range(num_tasks)})
