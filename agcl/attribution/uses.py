@@ -186,7 +186,7 @@ class ParameterUses(TorchFunctionMode):
         form = _form_of(args[0]) if args else None
         if form is None:
             return None
-        if func in CASTS or (func in SUMS and isinstance(args[1], (int, float))):
+        if func in CASTS or (func in SUMS and isinstance(args[-1], (int, float))):
             return form
         if self._num_samples > 1 or form.experts is not None:
             return None  # nobody knows which sample a row comes from that an expert gets
@@ -212,13 +212,12 @@ class ParameterUses(TorchFunctionMode):
 
     def _add(self, func: Callable[..., Any], form: _Form, use: Use, parameter: Tensor, output: Tensor) -> None:
         num_rows = self._num_samples if output.dim() > 2 else self._num_samples * self._num_tokens
-        is_known = self._num_samples == 1 or (len(output) == num_rows and use.experts is None)
-        if use.experts is None:  # of one sample, the parameter must fit the output that its gradient is summed over
-            is_known &= (
-                parameter.dim() == 2
-                if use.kind in ("linear", "transposed", "lookup")
-                else parameter.dim() < output.dim()
-            )
+        if use.experts is not None:
+            is_known = self._num_samples == 1 and _fits_experts(func, use, parameter)
+        else:
+            is_known = self._num_samples == 1 or len(output) == num_rows
+            # A vector's gradient is summed over one sample's part of the output.
+            is_known &= parameter.dim() < output.dim() if use.kind in ("scale", "bias") else parameter.dim() == 2
         if not is_known:
             raise UnseenUseError(f"{_name(func)} of shape {tuple(output.shape)}")
         self._report(form.name, use, output)
@@ -243,12 +242,21 @@ def _name(func: Callable[..., Any]) -> str:
 
 def _experts(func: Callable[..., Any], form: _Form, given: Mapping[str, Any]) -> Tensor | None:
     """The expert that each row met."""
-    if func is torch.bmm:  # one matrix product after the other
-        num_products, *sides = given["mat2" if _form_of(given["mat2"]) is None else "input"].shape
-        num_rows = sides[1] if _form_of(given["mat2"]) is None else sides[0]
-        experts = torch.arange(num_products) if form.experts is None else form.experts
+    if func is torch.bmm:  # one matrix product after the other, of an equal number of rows
+        is_first = _form_of(given["input"]) is not None
+        num_rows = given["mat2"].shape[2] if is_first else given["input"].shape[1]
+        experts = torch.arange(len(given["input"])) if form.experts is None else form.experts
         return experts.repeat_interleave(num_rows)
     if func in GROUPED:
         ends = given["offs"]
         return torch.searchsorted(ends, torch.arange(len(given["mat_a"]), device=ends.device), right=True)
     return form.experts
+
+
+def _fits_experts(func: Callable[..., Any], use: Use, parameter: Tensor) -> bool:
+    """Whether the tensor holds a matrix or a bias for one expert, or for each row its own."""
+    experts: Any = use.experts
+    if experts.dim() and func is not torch.bmm and func not in (*GROUPED, *SUMS, Tensor.add_):
+        return False
+    dims = {"linear": 2, "transposed": 2, "bias": 1}.get(use.kind)
+    return dims is not None and parameter.dim() == dims + experts.dim()

@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from test_lrp import FAMILIES, Doubling, Small, family
 from tiny_decoders import IDS, POSITIONS, TARGETS, Snapshot, tiny_gpt2, tiny_llama
-from tiny_families import UNUSUAL, unusual
+from tiny_families import KINDS, MEMBERS, UNUSUAL, member, unusual
 from torch import nn
 from transformers import (
     BloomConfig,
@@ -64,6 +64,13 @@ def test_families_are_supported(name):
     assert [layer.name.rsplit(".", 1)[-1] for layer in check.layers] == ["embeddings", "0", "1", "head"]
     assert max(abs(layer.lost) for layer in check.layers) < 1e-4  # float32, and f may be small
     assert check.conservation_error == conservation_error(family(name), **SAMPLE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", MEMBERS)
+def test_every_family_is_supported_in_narrow_floats(name, dtype):
+    check = check_model(member(name, KINDS[name][0]).to(dtype))
+    assert check.verdict == "supported", str(check)
 
 
 def test_a_random_prompt_is_the_same_each_time_and_avoids_special_tokens():
