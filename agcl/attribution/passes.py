@@ -147,9 +147,8 @@ def answer_logits(model: nn.Module, stand_ins: dict[str, Tensor], samples: Seque
     accepted = accepted_arguments(model)
     options: dict[str, Any] = {}
     if any(sample.attention_mask is not None for sample in samples):
-        options["attention_mask"] = nn.utils.rnn.pad_sequence(
-            [_mask_of(sample) for sample in samples], batch_first=True
-        )
+        masks = [_mask_of(sample) for sample in samples]
+        options["attention_mask"] = nn.utils.rnn.pad_sequence(masks, batch_first=True)
     if "use_cache" in accepted:
         options["use_cache"] = False
     if "logits_to_keep" in accepted:
@@ -167,7 +166,8 @@ def answer_logits(model: nn.Module, stand_ins: dict[str, Tensor], samples: Seque
 
 
 def _mask_of(sample: Sample) -> Tensor:
-    return torch.ones_like(sample.input_ids) if sample.attention_mask is None else ordinary(sample.attention_mask)
+    mask = torch.ones_like(sample.input_ids) if sample.attention_mask is None else ordinary(sample.attention_mask)
+    return mask.long()  # one dtype for all
 
 
 def target_logit(logits: Tensor, targets: Tensor) -> Tensor:

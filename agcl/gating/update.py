@@ -15,6 +15,7 @@ from .gate import Gate, GatedParameter
 from .plasticity import blend
 from .slices import Scratch, Snapshot, cut, step_without_hooks
 
+# The update gates attached to an optimizer.
 _ON_OPTIMIZER: "weakref.WeakKeyDictionary[Optimizer, weakref.WeakSet[UpdateGate]]" = weakref.WeakKeyDictionary()
 
 

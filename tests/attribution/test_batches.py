@@ -74,8 +74,8 @@ def test_samples_padded_on_the_left_keep_their_mask_in_a_batch(name, per_sample)
     for sample, count in zip(plain, (2, 5, 0), strict=True):
         padding = torch.zeros(count, dtype=torch.long)
         ids = torch.cat([padding, sample.input_ids])
-        mask = torch.cat([padding, torch.ones_like(sample.input_ids)]) if count else None
-        padded.append(Sample(ids, sample.positions + count, sample.targets, mask))
+        mask = torch.cat([padding, torch.ones_like(sample.input_ids)]).to(torch.bool if count == 2 else torch.int64)
+        padded.append(Sample(ids, sample.positions + count, sample.targets, mask if count else None))
     without = [Sample(s.input_ids, s.positions, s.targets) for s in padded]
     with KeepFloat64():
         expected, found, unmasked = (
