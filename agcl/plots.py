@@ -13,8 +13,10 @@ from torch import Tensor
 from agcl.attribution.artefact import LazyImportance, shapes_of
 from agcl.attribution.levels import CHUNK, DTYPES, MAX_LEVEL, bits_of, chunks, histogram
 from agcl.errors import AgclError
+from agcl.heatmaps import write_numbers
 
-_DARK_BELOW = 0.43  # viridis: with white text below and black above, the contrast is at least 4.5 : 1 everywhere
+_IMPORTANCE, _PLASTICITY = "mean importance\n0: free, 1: frozen", "mean plasticity\n0: frozen, 1: free"
+_INCHES = 0.05  # height of a character in a slanted label
 _DIGIT = 2**16 - 1
 _GENERIC_PARTS = {"model", "transformer", "base_model", "base_layer", "modules_to_save", "weight", "bias", "default"}
 _AMBIGUOUS_KINDS = {"c_proj", "lora_A", "lora_B"}  # in one layer they occur in several modules
@@ -64,18 +66,20 @@ def plot_importance_map(importance: Mapping[str, Tensor], title: str | None = No
         AgclError: If the mapping is empty.
     """
     sums: dict[tuple[str, str], tuple[float, int]] = {}
+    path_of: dict[str, str] = {}  # kind -> where it is in a layer, so that those of one module stand side by side
     for name, values in importance.items():
         cell = layer_of(name), kind_of(name)
+        path_of.setdefault(cell[1], re.sub(r"^.*?\.\d+\.", "", name))
         total, count = sums.get(cell, (0.0, 0))
         sums[cell] = total + _total(values), count + values.numel()
     layers = sorted({layer for layer, _ in sums}, key=layer_order)
     outside = {kind for layer, kind in sums if not layer.startswith("layer ")}
-    kinds = sorted({kind for _, kind in sums}, key=lambda kind: (kind in outside, kind))
+    kinds = sorted(path_of, key=lambda kind: (kind in outside, path_of[kind]))
     grid = [
         [sums[cell][0] / sums[cell][1] if (cell := (row, kind)) in sums else float("nan") for kind in kinds]
         for row in layers
     ]
-    return _by_layer(grid, layers, kinds, title or "Mean importance by layer and module", "mean importance")
+    return _by_layer(grid, layers, kinds, title or "Mean importance by layer and module", _IMPORTANCE)
 
 
 def plot_plasticity(plasticity: Mapping[str, Mapping[str, float]], title: str | None = None) -> tuple[Figure, Any]:
@@ -95,7 +99,7 @@ def plot_plasticity(plasticity: Mapping[str, Mapping[str, float]], title: str | 
     layers = sorted({layer for values in plasticity.values() for layer in values}, key=layer_order)
     grid = [[values.get(layer, math.nan) for values in plasticity.values()] for layer in layers]
     columns = [f"after {task}" for task in plasticity]
-    return _by_layer(grid, layers, columns, title or "Remaining plasticity by layer", "mean plasticity", largest=1.0)
+    return _by_layer(grid, layers, columns, title or "Remaining plasticity by layer", _PLASTICITY, largest=1.0)
 
 
 def importance_overlap(
@@ -164,11 +168,13 @@ def plot_importance_overlap(
         overlaps: What that function gave, if it has been called already.
 
     Returns:
-        Figure and the two axes (the paper's Fig. 1 shows such overlaps).
+        Figure and the two axes (the paper's Fig. 1 shows such overlaps). Independent top sets of a share s of all
+        entries overlap by about s / (2 - s), which stands below the second.
     """
     names = list(importances)
     panels = [panel.tolist() for panel in overlaps or importance_overlaps(importances, top_share)]
-    figure = Figure(figsize=(max(7.0, 3.2 + 1.3 * len(names)), 2.0 + 0.55 * len(names)), layout="constrained")
+    width, height = max(7.0, 3.2 + 1.3 * len(names)), 2.1 + 0.55 * len(names) + _INCHES * max(map(len, names))
+    figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots(1, 2)
     titles = "Cosine similarity", f"Top {100 * top_share:g} %: intersection over union"
     for ax, panel, title in zip(axes, panels, titles, strict=True):
@@ -176,11 +182,9 @@ def plot_importance_overlap(
         ax.set_xticks(range(len(names)), names, rotation=30, ha="right", rotation_mode="anchor")
         ax.set_yticks(range(len(names)), names if ax is axes[0] else [""] * len(names))
         ax.set_title(title, fontsize=10)
-        for y, row in enumerate(panel):
-            for x, value in enumerate(row):
-                colour = "white" if value < _DARK_BELOW else "black"
-                ax.text(x, y, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=8)
-    figure.colorbar(image, ax=axes, shrink=0.8)
+        write_numbers(ax, panel, fontsize=8)
+    axes[1].set_xlabel(f"unrelated tasks: about {top_share / (2 - top_share):.2g}", fontsize=8)
+    figure.colorbar(image, ax=axes, shrink=0.8, label="overlap (1: the same weights)")
     return figure, axes
 
 
@@ -188,7 +192,7 @@ def token_relevance_html(tokens: Sequence[str], relevance: Sequence[float] | Ten
     """Tokens on coloured ground: red for positive, blue for negative relevance, scaled by the largest magnitude.
 
     Args:
-        tokens: Text of each token, shown with its white space.
+        tokens: Text of each token, shown with its white space; a line break with a sign before it.
         relevance: One number each; shown as tooltip.
 
     Returns:
@@ -200,8 +204,12 @@ def token_relevance_html(tokens: Sequence[str], relevance: Sequence[float] | Ten
     for token, value in zip(tokens, values, strict=True):
         faded = round(255 * (1 - 0.6 * abs(value) / largest))  # black text stays readable on it
         colour = f"rgb(255,{faded},{faded})" if value >= 0 else f"rgb({faded},{faded},255)"
-        spans.append(f'<span style="background:{colour};color:black" title="{value:+.3g}">{html.escape(token)}</span>')
+        spans.append(f'<span style="background:{colour};color:black" title="{value:+.3g}">{_visible(token)}</span>')
     return f'<div style="font-family:monospace;white-space:pre-wrap;line-height:1.8">{"".join(spans)}</div>'
+
+
+def _visible(token: str) -> str:
+    return html.escape(token).replace("\n", "\u21b5\n")
 
 
 def _by_layer(
@@ -215,7 +223,8 @@ def _by_layer(
     """Heat map with a row for each layer; colours from 0 to ``largest``, or to the largest value."""
     if not layers:
         raise AgclError("There is nothing to draw: the mapping is empty. Values exist once the first task is learned.")
-    figure = Figure(figsize=(3.0 + 0.55 * len(columns), 2.2 + 0.2 * len(layers)), layout="constrained")
+    height = 2.0 + 0.2 * len(layers) + _INCHES * max(map(len, columns))
+    figure = Figure(figsize=(3.2 + 0.55 * len(columns), height), layout="constrained")
     ax = figure.add_subplot()
     image = ax.imshow(grid, cmap="viridis", aspect="auto", vmin=0, vmax=largest)
     ax.set_xticks(range(len(columns)), columns, rotation=40, ha="right", rotation_mode="anchor")

@@ -258,6 +258,7 @@ def test_two_gates_on_one_optimizer_multiply():
         assert weight.tolist() == [0.25, 0.5, 1.0]
     with first.attach(optimizer):
         optimizer.step()
+        assert first._step is not None  # alone again: in slices
     assert weight.tolist() == [0.75, 1.0, 2.0]
 
 

@@ -58,6 +58,21 @@ def test_map_shows_the_mean_of_each_cell():
     assert grid.mask.sum() == 4 * 3 - 7  # cells without a parameter stay blank
 
 
+def test_columns_of_one_module_stand_side_by_side():
+    kinds = ("self_attn.q_proj", "mlp.up_proj", "norm1", "self_attn.k_proj", "mlp.down_proj")
+    names = ["model.norm.weight", *(f"model.layers.{i}.{kind}.weight" for i in range(2) for kind in kinds)]
+    _, ax = plot_importance_map({name: torch.ones(1) for name in names})
+    found = [label.get_text() for label in ax.get_xticklabels()]
+    assert found == ["down_proj", "up_proj", "norm1", "k_proj", "q_proj", "norm"]
+
+
+def test_overlap_names_what_chance_gives():
+    importances = {f"task{i}": {"w": torch.rand(100_000)} for i in range(2)}
+    _, axes = plot_importance_overlap(importances, top_share=0.1)
+    assert axes[1].get_xlabel() == "unrelated tasks: about 0.053"
+    assert importance_overlap(*importances.values(), 0.1)[1] == pytest.approx(0.053, abs=0.005)
+
+
 def test_map_of_floats_is_the_map_of_the_fixed_point_values():
     values = importance(0)
     floats = {name: levels.double() / 255 for name, levels in values.items()}
@@ -167,6 +182,23 @@ def test_overlap_picture_is_symmetric_and_in_the_order_of_the_tasks():
             assert shown == pytest.approx([pair[panel] for pair in row])
 
 
+@pytest.mark.parametrize("num", [1, 3, 12])
+def test_nothing_is_cut_off(num):
+    tasks = [*(f"task{i}" for i in range(num)), "a_rather_long_task_name"]
+    pictures = [
+        plot_importance_overlap({task: importance(i) for i, task in enumerate(tasks)}),
+        plot_plasticity({task: {f"layer {i:02d}": 0.5 for i in range(num)} for task in tasks}),
+        plot_importance_map({f"layers.{i}.post_attention_layernorm.weight": torch.ones(2) for i in range(num)}),
+    ]
+    for figure, _ in pictures:
+        figure.draw_without_rendering()
+        box = figure.get_tightbbox()  # inches
+        assert box.x0 >= 0
+        assert box.y0 >= 0
+        assert box.x1 <= figure.get_figwidth()
+        assert box.y1 <= figure.get_figheight()
+
+
 @pytest.mark.parametrize("num_tasks", [1, 2])
 def test_titles_of_the_two_panels_stay_apart(num_tasks):
     figure, axes = plot_importance_overlap({f"task{i}": importance(i) for i in range(num_tasks)})
@@ -189,4 +221,5 @@ def test_token_colours_and_escaping():
     assert "rgb(255,102,102)" in text  # the largest: strong red
     assert "rgb(178,178,255)" in text  # half as large and negative: light blue
     assert "rgb(255,255,255)" in text
+    assert "\u21b5\n</span>" in token_relevance_html(["\n"], [0.5])  # else nothing would be coloured
     assert token_relevance_html(["x"], [0.0])

@@ -20,7 +20,7 @@ _HOMES = {
     "attribute_sample": "relevance",
     "check_model": "selfcheck",
     "check_importance": "artefact",
-    "conservation_error": "relevance",
+    "conservation_error": "selfcheck",
     "fingerprint": "fingerprints",
     "load_importance": "artefact",
     "lrp_rules": "lrp",
@@ -69,11 +69,10 @@ if TYPE_CHECKING:
         Consumer,
         attribute_batch,
         attribute_sample,
-        conservation_error,
         parameter_relevance,
         token_relevance,
     )
-    from agcl.attribution.selfcheck import check_model
+    from agcl.attribution.selfcheck import check_model, conservation_error
 
 
 def __getattr__(name: str) -> Any:

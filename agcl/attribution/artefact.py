@@ -37,7 +37,7 @@ from torch import Tensor
 from ..errors import AgclError
 from ..version import __version__
 from . import storage
-from .fingerprints import fingerprint, structure
+from .fingerprints import fingerprint
 from .levels import Bits, bits_of, dequantise, quantise
 from .storage import FORMAT, FORMAT_VERSION, INDEX_SUFFIX, Shape
 
@@ -55,7 +55,6 @@ __all__ = [
     "quantise",
     "save_importance",
     "shapes_of",
-    "structure",
 ]
 
 

@@ -13,6 +13,7 @@ Verdict = Literal["supported", "supported with losses", "not supported"]
 
 _WIDTH = 100
 _NAME_WIDTH = 40
+_NO_RULES = ", or an estimator that needs no rules, such as `GradientWeight`, `Fisher` or `MAS`."
 
 ROUNDING = 4.0
 """Expected error, in machine epsilons of the dtype times the cancellation; 0.6 was the most over 20 families."""
@@ -138,8 +139,11 @@ class ModelCheck:
     def _obstacles(self) -> list[str]:
         found = [*self.refusals, *self.failures]
         if self.uncovered:
-            count = sum(operation.count for operation in self.uncovered)
-            found.append(f"{count} operations on activations have no rule; those listed above would be refused.")
+            found.append(
+                f"No rule covers {self._places()}. Declare operations that are linear with "
+                '`agcl.attribution.OPERATIONS[operation] = "linear"`; otherwise use a layer implementation in plain '
+                f"torch operations{_NO_RULES}"
+            )
         if self.forward_difference is not None and self.logit_range is not None:
             allowed = ROUNDING * torch.finfo(self.dtype).eps * self.logit_range
             if not self.forward_difference <= allowed:
@@ -148,7 +152,8 @@ class ModelCheck:
         if error is None and not found:
             found.append("The model could not be run under the rules, so that nothing more is known.")
         if error is not None and not error <= MAX_LOSS:
-            found.append(f"CP-LRP loses {error:.1e} of the relevance: an operation is treated wrongly.{self._worst()}")
+            loss = f"CP-LRP loses {error:.1e} of the relevance: an operation is treated wrongly.{self._worst()}"
+            found.append(f"{loss} Use another layer implementation there{_NO_RULES}")
         return found
 
     def _losses(self) -> list[str]:
@@ -161,6 +166,10 @@ class ModelCheck:
         is_coarse = torch.finfo(self.dtype).bits < 32
         remedy = " Check it in float32 to tell rounding from a wrong rule." if is_coarse else ""
         return [f"CP-LRP loses {largest:.1e} of the relevance, more than rounding explains.{self._worst()}{remedy}"]
+
+    def _places(self) -> str:
+        found = (f"`{op.operation}` in `{_pattern(op.module) or 'model'}` ({op.module_class})" for op in self.uncovered)
+        return ", ".join(dict.fromkeys(found))
 
     def _worst(self) -> str:
         if not self.layers:

@@ -33,12 +33,6 @@ def fingerprint(named_parameters: Iterable[tuple[str, Tensor]]) -> str:
     return digest.hexdigest()
 
 
-def structure(named_parameters: Iterable[tuple[str, Tensor]]) -> str:
-    """SHA-256 over the names and shapes of all parameters alone: equal for any two models of one architecture."""
-    shapes = sorted((name, tuple(parameter.shape)) for name, parameter in named_parameters)
-    return hashlib.sha256("".join(f"{name}\0{shape}\0" for name, shape in shapes).encode()).hexdigest()
-
-
 def _spaced_values(parameter: Tensor) -> Tensor:
     """Up to 256 values, the first and the last among them, without a copy of the rest."""
     size = parameter.numel()

@@ -30,11 +30,13 @@ class Sample:
         positions: Indices of the logits that predict the answer, shape ``(k,)``, integer, in [0, seq). The logits at
             position ``p`` predict the token at ``p + 1``.
         targets: Token ids of the answer, shape ``(k,)``, integer, in [0, vocabulary).
+        attention_mask: 1 for tokens and 0 for padding, shape ``(seq,)``; None if all are tokens.
     """
 
     input_ids: Tensor
     positions: Tensor
     targets: Tensor
+    attention_mask: Tensor | None = None
 
     def check(self) -> None:
         """Raise if shapes, dtypes or ranges are wrong.
@@ -45,6 +47,12 @@ class Sample:
         for name, index in (("input_ids", self.input_ids), ("positions", self.positions), ("targets", self.targets)):
             if index.dim() != 1 or index.dtype not in (torch.int64, torch.int32):
                 raise AgclError(f"`{name}` is {index.dtype} of shape {tuple(index.shape)}; give a 1-D integer tensor.")
+        mask = self.attention_mask
+        if mask is not None and mask.shape != self.input_ids.shape:
+            raise AgclError(
+                f"`attention_mask` has shape {tuple(mask.shape)}, but the sample's `input_ids` "
+                f"{tuple(self.input_ids.shape)}; give one value per token."
+            )
         positions, targets = self.positions, self.targets
         if len(positions) != len(targets):
             raise AgclError(f"`positions` has {len(positions)} entries and `targets` {len(targets)}; one per target.")
@@ -114,18 +122,16 @@ def make_stand_ins(model: nn.Module, selected: Iterable[str]) -> dict[str, Tenso
     return stand_ins
 
 
-def answer_logits(
-    model: nn.Module, stand_ins: dict[str, Tensor], samples: Sequence[Sample], attention_mask: Tensor | None = None
-) -> list[Tensor]:
+def answer_logits(model: nn.Module, stand_ins: dict[str, Tensor], samples: Sequence[Sample]) -> list[Tensor]:
     """Logits that predict the answers, from one forward pass with the stand-ins in place.
 
-    Samples of different length are padded on the right, where no token of a causal model sees it: no mask is needed.
+    Samples of different length are padded on the right, where no token of a causal model sees it: no mask is needed
+    but for padding of their own.
 
     Args:
         model: A causal language model; its forward pass takes ``input_ids`` and returns ``logits``.
         stand_ins: As from :func:`make_stand_ins`.
         samples: At least one.
-        attention_mask: Shape ``(num_samples, seq)``, or None.
 
     Returns:
         For each sample logits at its ``positions``, shape ``(k, vocabulary)``.
@@ -140,8 +146,9 @@ def answer_logits(
     positions = torch.cat([ordinary(sample.positions) for sample in samples]).to(input_ids.device).unique()
     accepted = accepted_arguments(model)
     options: dict[str, Any] = {}
-    if attention_mask is not None:
-        options["attention_mask"] = ordinary(attention_mask)
+    if any(sample.attention_mask is not None for sample in samples):
+        masks = [_mask_of(sample) for sample in samples]
+        options["attention_mask"] = nn.utils.rnn.pad_sequence(masks, batch_first=True)
     if "use_cache" in accepted:
         options["use_cache"] = False
     if "logits_to_keep" in accepted:
@@ -156,6 +163,11 @@ def answer_logits(
         logits[index, torch.searchsorted(positions, ordinary(sample.positions).to(positions.device))]
         for index, sample in enumerate(samples)
     ]
+
+
+def _mask_of(sample: Sample) -> Tensor:
+    mask = torch.ones_like(sample.input_ids) if sample.attention_mask is None else ordinary(sample.attention_mask)
+    return mask.long()  # one dtype for all
 
 
 def target_logit(logits: Tensor, targets: Tensor) -> Tensor:

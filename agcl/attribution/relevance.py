@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from agcl.attribution.lrp import Rule, lrp_rules
+from agcl.attribution.lrp import Rule
 from agcl.attribution.passes import (
     GradientRule,
     Sample,
@@ -50,12 +50,13 @@ def attribute_batch(
     the parameters (which do not fire). The relevance of a parameter is ``parameter.detach() * gradient``.
 
     The gradient of each sample comes out of the one batched pass, from what each linear map, normalisation and
-    embedding received and sent back. Where a model uses parameters in another way (experts, ``1 + weight``), the
-    samples are run one by one.
+    embedding received and sent back. Where a model uses parameters in another way (experts), the samples are run one by
+    one.
 
     Args:
         model: A causal language model; its forward pass takes ``input_ids`` and returns ``logits``.
-        samples: At least one; padded on the right to one length, so choose samples of similar length.
+        samples: At least one; padded on the right to one length, so choose samples of similar length. One that comes
+            padded, on whichever side, has an attention mask.
         consume: Called with ``(name, parameter, gradient)``: name as in ``model.named_parameters()``, the model's own
             parameter and the gradient, same shape and dtype, which the callee may keep or change. Parameters that the
             objective does not reach are not reported. Order is that of the backward pass, for one parameter that of
@@ -98,7 +99,7 @@ def attribute_sample(
     parameters: Iterable[str] | None = None,
     only_correct: bool = True,
 ) -> bool:
-    """:func:`attribute_batch` for one sample, whose attention mask may be given.
+    """:func:`attribute_batch` for one sample, given as a batch of one.
 
     Args:
         model: See :func:`attribute_batch`.
@@ -121,7 +122,7 @@ def attribute_sample(
     check_choice("rule", rule, GradientRule)
     sample = single_sample(input_ids, attention_mask, positions, targets)
     attribution = _Attribution(model, selected_parameters(model, parameters), consume, rule, only_correct)
-    return attribution.of_sum([sample], attention_mask)[0]
+    return attribution.of_sum([sample])[0]
 
 
 def single_sample(input_ids: Tensor, attention_mask: Tensor | None, positions: Tensor, targets: Tensor) -> Sample:
@@ -146,7 +147,7 @@ def single_sample(input_ids: Tensor, attention_mask: Tensor | None, positions: T
             f"`attention_mask` has shape {tuple(attention_mask.shape)}, but `input_ids` {tuple(input_ids.shape)}; "
             "give one value per token."
         )
-    sample = Sample(input_ids[0], positions, targets)
+    sample = Sample(input_ids[0], positions, targets, None if attention_mask is None else attention_mask[0])
     sample.check()
     return sample
 
@@ -162,12 +163,12 @@ class _Attribution:
     only_correct: bool
     objective: Objective = target_logit
 
-    def of_sum(self, samples: Sequence[Sample], attention_mask: Tensor | None = None) -> list[bool]:
+    def of_sum(self, samples: Sequence[Sample]) -> list[bool]:
         """Gradients of the samples' summed objectives."""
         with recording():
             stand_ins = make_stand_ins(self.model, self.selected)
             with rules_of(self.model, self.rule):
-                logits = answer_logits(self.model, stand_ins, samples, attention_mask)
+                logits = answer_logits(self.model, stand_ins, samples)
             flags, total = self._total(logits, samples)
             if total is None or not total.requires_grad:
                 return flags  # none of the parameters is used in this forward pass
@@ -342,54 +343,8 @@ def token_relevance(
         handle = embedding_layer.register_forward_hook(keep)
         try:
             with rules_of(model, rule):
-                (logits,) = answer_logits(model, make_stand_ins(model, ()), [sample], attention_mask)
+                (logits,) = answer_logits(model, make_stand_ins(model, ()), [sample])
         finally:
             handle.remove()
         gradients = torch.autograd.grad(target_logit(logits, targets), embeddings[:1])
     return (embeddings[0].detach() * gradients[0]).sum(-1)[0]
-
-
-def conservation_error(
-    model: nn.Module,
-    input_ids: Tensor,
-    attention_mask: Tensor | None = None,
-    *,
-    positions: Tensor,
-    targets: Tensor,
-) -> float:
-    """How far CP-LRP is from conserving relevance on this model: a diagnostic of whether it is understood.
-
-    Relevance enters at ``f`` and must come out at the embeddings (of tokens and of positions) and at the biases. Expect
-    1e-6 in float32 and less in float64; a value near 1 says that an operation is treated wrongly.
-
-    Args:
-        model: A causal language model.
-        input_ids: Token ids, shape ``(1, seq)``, integer.
-        attention_mask: Shape ``(1, seq)``, or None.
-        positions: Indices of the predicting logits, shape ``(k,)``, integer, in [0, seq).
-        targets: Token ids whose logits are attributed, shape ``(k,)``, integer, in [0, vocabulary).
-
-    Returns:
-        ``|sum R(embeddings) + sum R(biases) - f| / |f|``, dimensionless. Biases are the parameters whose name ends in
-        ``bias``; constants added elsewhere in the model are not accounted for.
-
-    Raises:
-        AgclError: See :func:`attribute_sample`.
-        UnsupportedModelError: See :func:`lrp_rules`.
-    """
-    biases = {name: parameter for name, parameter in model.named_parameters() if name.endswith("bias")}
-    sample = single_sample(input_ids, attention_mask, positions, targets)
-    with recording():
-        stand_ins = make_stand_ins(model, biases)
-        with lrp_rules(model, "cplrp") as context:
-            context.keep_inputs = True
-            (logits,) = answer_logits(model, stand_ins, [sample], attention_mask)
-            sources = [*context.inputs, *(stand_ins[name] for name in biases)]
-        target = target_logit(logits, targets)
-        gradients = torch.autograd.grad(target, sources, allow_unused=True)
-    total = sum(
-        (source.detach().double() * gradient.double()).sum()
-        for source, gradient in zip(sources, gradients, strict=True)
-        if gradient is not None
-    )
-    return float(abs(total - target.detach().double()) / target.detach().double().abs())

@@ -1,6 +1,7 @@
 """The gate on the optimizer's step."""
 
 import inspect
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from types import FrameType
@@ -13,6 +14,9 @@ from ..errors import AgclError
 from .gate import Gate, GatedParameter
 from .plasticity import blend
 from .slices import Scratch, Snapshot, cut, step_without_hooks
+
+# The update gates attached to an optimizer.
+_ON_OPTIMIZER: "weakref.WeakKeyDictionary[Optimizer, weakref.WeakSet[UpdateGate]]" = weakref.WeakKeyDictionary()
 
 
 class UpdateGate(Gate):
@@ -66,6 +70,7 @@ class UpdateGate(Gate):
     ) -> None:
         super().__init__(named_parameters, importance, strength)
         self._snapshot: Snapshot = []
+        self._peers: weakref.WeakSet[UpdateGate] = weakref.WeakSet()  # all update gates on the optimizer
         self._step: Callable[[Optimizer], Any] | None = None  # runs one slice; None: the weights are copied as a whole
         self._set_aside: tuple[Optimizer, list[dict[str, Any]]] | None = None  # whose groups, while slices run
         self._awaits_closure = False
@@ -79,6 +84,7 @@ class UpdateGate(Gate):
     def detach(self) -> None:
         """Stop gating, drop what an interrupted step left behind; harmless if not attached."""
         super().detach()
+        self._peers.discard(self)
         self._drop_leftovers()
         self._awaits_closure = False
         self._step_frame = None
@@ -86,9 +92,12 @@ class UpdateGate(Gate):
     def _install(self, optimizer: Optimizer, held: list[GatedParameter]) -> None:
         before = optimizer.register_step_pre_hook(self._before_step)
         after = optimizer.register_step_post_hook(self._after_step)
-        hooks: Any = optimizer._optimizer_step_post_hooks
-        hooks.move_to_end(after.id, last=False)  # first, so that other hooks find the groups in their place
+        # First, so that other hooks find the groups in their place and the weights gated.
+        hooks: Any = after.hooks_dict_ref()
+        hooks.move_to_end(after.id, last=False)
         self._handles += [before, after]
+        self._peers = _ON_OPTIMIZER.setdefault(optimizer, weakref.WeakSet())
+        self._peers.add(self)
 
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -98,7 +107,8 @@ class UpdateGate(Gate):
             return None  # a subclass's step calls super().step(), which runs the hooks as well; the outer step counts
         self._step_frame = caller
         self._drop_leftovers()
-        self._step = None if _has_other_update_gate(optimizer, self) else step_without_hooks(optimizer)
+        is_alone = len(self._peers) == 1  # several would each run the slices
+        self._step = step_without_hooks(optimizer) if is_alone else None
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         self._awaits_closure = closure is not None or self._step is not None
         if not self._awaits_closure:
@@ -173,12 +183,6 @@ class UpdateGate(Gate):
         """Of a step that raised or was interrupted."""
         self._put_groups_back()
         self._snapshot.clear()
-
-
-def _has_other_update_gate(optimizer: Optimizer, gate: UpdateGate) -> bool:
-    """Then both would run the slices."""
-    owners = [getattr(hook, "__self__", None) for hook in optimizer._optimizer_step_pre_hooks.values()]
-    return any(isinstance(owner, UpdateGate) and owner is not gate for owner in owners)
 
 
 def _calling_frame() -> FrameType | None:

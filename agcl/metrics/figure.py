@@ -1,6 +1,5 @@
 """The score matrix as a picture."""
 
-import math
 import textwrap
 from collections.abc import Sequence
 from typing import Any
@@ -8,7 +7,8 @@ from typing import Any
 from matplotlib.figure import Figure
 from torch import Tensor
 
-_DARK_BELOW = 0.43  # viridis: with white text below and black above, the contrast is at least 4.5 : 1 everywhere
+from ..heatmaps import write_numbers
+
 _CHARACTERS_PER_INCH = 15  # of a title in 9 points
 
 
@@ -35,21 +35,7 @@ def plot_score_matrix(
     ax.set_xticks(range(num_tasks), task_names, rotation=30, ha="right", rotation_mode="anchor")
     ax.set_yticks(range(num_tasks + 1), ["before training", *(f"after {name}" for name in task_names)])
     ax.set_xlabel("task scored")
-    for row, values in enumerate(matrix.tolist()):
-        for column, value in enumerate(values):
-            if math.isnan(value):
-                continue
-            just_learned = row == column + 1
-            ax.text(
-                column,
-                row,
-                f"{value:.2f}",
-                ha="center",
-                va="center",
-                fontsize=9,
-                color="white" if value < _DARK_BELOW else "black",
-                fontweight="bold" if just_learned else "normal",
-            )
+    write_numbers(ax, matrix.tolist(), fontsize=9, bold=range(1, num_tasks + 1))
     if title:
         lines = _folded(title, ax.get_window_extent().width / ax.figure.dpi)
         ax.set_title("\n".join(lines), fontsize=9)

@@ -23,7 +23,6 @@ from agcl.attribution.artefact import (
     open_importance,
     quantise,
     save_importance,
-    structure,
 )
 from agcl.attribution.levels import histogram
 from agcl.attribution.storage import index_of
@@ -508,8 +507,6 @@ def test_fingerprint_sees_names_shapes_dtypes_and_values():
         {"a": base["a"]},
     ]
     assert len({fingerprint(variant.items()) for variant in variants}) == len(variants)
-    assert structure(variants[3].items()) == structure(variants[4].items()) == structure(base.items())
-    assert len({structure(variants[i].items()) for i in (0, 1, 2, 5)}) == 4
 
 
 def test_fingerprint_of_a_model_without_values_is_refused():

@@ -2,13 +2,16 @@
 
 import pytest
 import torch
+from test_families import with_adapters
 from tiny_decoders import VOCAB, Snapshot, tiny_llama
-from tiny_families import KINDS, member
+from tiny_families import EXPERTS, KINDS, KeepFloat64, member
+from torch import nn
 
-from agcl.attribution import uses
+from agcl.attribution import roles
+from agcl.attribution.estimators import Evidence, Wanda
 from agcl.attribution.passes import Sample
 from agcl.attribution.relevance import attribute_batch
-from agcl.errors import AgclError
+from agcl.errors import AgclError, UnsupportedModelError
 
 
 def samples():
@@ -31,8 +34,8 @@ def collected(model, batch, **options):
     return found, flags
 
 
-# Those whose parameters enter operations in another way are run one by one: ``1 + weight``, experts.
-IN_ONE_PASS = [name for name in KINDS if not name.startswith(("gemma", "mixtral", "qwen3_moe"))]
+# With experts, which sample a row belongs to is not known: one by one.
+IN_ONE_PASS = [name for name in KINDS if name not in EXPERTS]
 
 
 def count_passes(model):
@@ -60,6 +63,35 @@ def test_each_samples_gradient_is_what_it_is_alone(name, rule):
         assert len(together[key]) == len(gradients), key
         for found, expected in zip(together[key], gradients, strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-9, msg=key)
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "gemma2", "mixtral"])
+@pytest.mark.parametrize("per_sample", [True, False])
+def test_samples_padded_on_the_left_keep_their_mask_in_a_batch(name, per_sample):
+    model = member(name)
+    plain = samples()
+    padded = []
+    for sample, count in zip(plain, (2, 5, 0), strict=True):
+        padding = torch.zeros(count, dtype=torch.long)
+        ids = torch.cat([padding, sample.input_ids])
+        mask = torch.cat([padding, torch.ones_like(sample.input_ids)]).to(torch.bool if count == 2 else torch.int64)
+        padded.append(Sample(ids, sample.positions + count, sample.targets, mask if count else None))
+    without = [Sample(s.input_ids, s.positions, s.targets) for s in padded]
+    with KeepFloat64():
+        expected, found, unmasked = (
+            collected(model, batch, only_correct=False, per_sample=per_sample)[0] for batch in (plain, padded, without)
+        )
+    assert found.keys() == expected.keys()
+    for key, gradients in expected.items():
+        for gradient, other in zip(gradients, found[key], strict=True):
+            torch.testing.assert_close(other, gradient, rtol=1e-10, atol=1e-12, msg=key)
+    assert any(not torch.allclose(unmasked[key][0], expected[key][0], rtol=1e-2) for key in expected)
+
+
+def test_a_mask_of_another_length_is_refused():
+    sample = Sample(torch.tensor([3, 4, 5]), torch.tensor([1]), torch.tensor([5]), torch.ones(2))
+    with pytest.raises(AgclError, match=r"`attention_mask` has shape \(2,\), but the sample's `input_ids` \(3,\)"):
+        collected(tiny_llama(), [sample, sample])
 
 
 def test_the_batchs_sum_is_the_sum_of_the_samples():
@@ -95,6 +127,25 @@ def test_nothing_is_left_on_the_model():
     before.assert_untouched()
 
 
+@pytest.mark.parametrize("name", KINDS)
+def test_adapters_in_bfloat16_under_checkpointing_in_a_batch(name):
+    """All at once, as large models are trained: the same as alone in float64, up to rounding."""
+    model = with_adapters(member(name, KINDS[name][0]), seed=1)
+    with KeepFloat64():
+        expected = [collected(model, [sample], rule="attnlrp", only_correct=False)[0] for sample in samples()]
+    model.bfloat16().train()
+    model.gradient_checkpointing_enable()
+    found, _ = collected(model, samples(), rule="attnlrp", only_correct=False)
+    assert found
+    assert all("lora_" in key for key in found)
+    for index, alone in enumerate(expected):
+        whole = (
+            torch.cat([x.double().flatten() for x in parts])
+            for parts in ([alone[key][0] for key in alone], [found[key][index] for key in alone])
+        )
+        assert float(torch.nn.functional.cosine_similarity(*whole, dim=0)) > 0.99
+
+
 def test_only_chosen_parameters_of_an_adapter_are_reported():
     from peft import LoraConfig, get_peft_model
 
@@ -114,10 +165,53 @@ def test_only_chosen_parameters_of_an_adapter_are_reported():
 def test_an_operation_not_understood_makes_the_samples_run_one_by_one(monkeypatch):
     model = tiny_llama()
     linear = torch.nn.functional.linear
-    monkeypatch.delitem(uses._ROLES, linear)
+    monkeypatch.delitem(roles.ROLES, linear)
     passes = count_passes(model)
     collected(model, samples(), only_correct=False)  # not understood: one by one
     assert passes[-3:] == [1, 1, 1]
+
+
+class Mixed(nn.Module):
+    """Uses of a parameter that look like an expert's, or like those of a batch, and are not."""
+
+    def __init__(self, width, use):
+        super().__init__()
+        self.use = use
+        self.table = nn.Parameter(torch.randn(width, width, generator=torch.Generator().manual_seed(0)).double())
+
+    def forward(self, x):
+        return x + self.use(x, self.table)
+
+
+USES = {
+    "a row times": lambda x, w: x * w[2],
+    "a product with a row": lambda x, w: (x @ w[2])[..., None],
+    "chosen rows": lambda x, w: nn.functional.linear(x, w[torch.arange(len(w)).flip(0)]),
+    "a matrix product": lambda x, w: x @ w,
+    "a sum with a row": lambda x, w: x + w[1],
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_other_uses_are_seen_for_what_they_are_or_refused(use):
+    model = tiny_llama()
+    model.model.norm = nn.Sequential(model.model.norm, Mixed(16, USES[use]))
+    name = "model.norm.1.table"
+    alone = [collected(model, [s], rule="none", only_correct=False)[0][name][0] for s in samples()]
+    together = collected(model, samples(), rule="none", only_correct=False)[0][name]
+    for found, expected in zip(together, alone, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+    evidence = Evidence(model, [name], [answered(model, samples()[0])], 1, batch_size=1)
+    if use in ("a row times", "a product with a row", "chosen rows"):
+        with pytest.raises(UnsupportedModelError, match="Wanda cannot see"):
+            Wanda().scores(evidence)
+        return
+    scores = Wanda().scores(evidence)[name].double()
+    table, states = model.get_parameter(name).detach(), []
+    model.model.norm[1].register_forward_pre_hook(lambda module, args: states.append(args[0][0].detach()))
+    model(samples()[0].input_ids[None])
+    norms = states[0].norm(dim=0)[:, None] if "matrix" in use else (torch.arange(16) == 1)[:, None] * 7**0.5
+    torch.testing.assert_close(scores, table.abs() * norms, rtol=1e-5, atol=1e-9)
 
 
 def test_an_empty_batch_is_refused():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tiny_decoders import VOCAB, Snapshot, tiny_gpt2, tiny_llama
+from tiny_families import KINDS, member, unusual
 
 from agcl.attribution import estimators as e
 from agcl.attribution import parameter_relevance
@@ -162,11 +163,78 @@ def test_wanda_reads_transposed_weights_and_biases():
     torch.testing.assert_close(found["transformer.h.0.mlp.c_fc.bias"].double(), bias, rtol=1e-5, atol=1e-9)
 
 
-def test_wanda_names_what_it_cannot_see():
-    from tiny_families import member
+def entered(model, samples, modules):
+    """What went into each module in each forward pass, all arguments."""
+    calls = {name: [] for name in modules}
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(lambda module, args, name=name: calls[name].append(args))
+        for name in modules
+    ]
+    with torch.no_grad():
+        for sample in samples:
+            model(sample.input_ids[None], use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return calls
 
-    model = member("mixtral").float()
-    with pytest.raises(UnsupportedModelError, match="Wanda cannot see"):
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3"])
+def test_wanda_of_norms_that_add_one_to_their_weight(family):
+    model = member(family, KINDS[family][0]).float()
+    samples = known_samples(model)
+    name = "model.layers.1.pre_feedforward_layernorm"
+    norm = model.get_submodule(name)
+    x = torch.cat([args[0][0] for args in entered(model, samples, [name])[name]]).double()
+    normalised = x / (x.square().mean(-1, keepdim=True) + norm.eps).sqrt()
+    found = e.Wanda().scores(evidence_for(model, samples))
+    assert found.keys() == dict(model.named_parameters()).keys()
+    expected = norm.weight.detach().double().abs() * normalised.norm(dim=0)
+    torch.testing.assert_close(found[f"{name}.weight"].double(), expected, rtol=1e-4, atol=1e-7)
+
+
+def wanda_of_experts(experts, calls):
+    """Expert by expert and token by token, in float64."""
+    values = {name: value.detach().double() for name, value in experts.named_parameters()}
+    squares = {name: torch.zeros_like(value) for name, value in values.items()}
+    is_transposed = "gate_up_proj_bias" in values
+    for hidden, chosen, _ in calls:
+        for row, picked in zip(hidden.double(), chosen.tolist(), strict=True):
+            for expert in picked:
+                x = row
+                for weight in ("gate_up_proj", "down_proj"):
+                    w = values[weight][expert]
+                    squares[weight][expert] += x.square()[:, None] if is_transposed else x.square()
+                    x = x @ w if is_transposed else w @ x
+                    if is_transposed:
+                        squares[f"{weight}_bias"][expert] += 1
+                        x = x + values[f"{weight}_bias"][expert]
+                    if weight == "gate_up_proj":
+                        gate, up = (x[::2], x[1::2]) if is_transposed else x.chunk(2)
+                        x = experts._apply_gate(x) if is_transposed else torch.nn.functional.silu(gate) * up
+    return {name: values[name].abs() * squares[name].sqrt() for name in values}
+
+
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss"])
+def test_wanda_of_experts_counts_the_tokens_sent_to_each(family, implementation):
+    model = (unusual(family) if family == "gpt_oss" else member(family)).float()
+    model.set_experts_implementation(implementation)
+    samples = known_samples(model)
+    prefix = "model.layers.1.mlp.experts"
+    expected = wanda_of_experts(model.get_submodule(prefix), entered(model, samples, [prefix])[prefix])
+    names = [name for name, _ in model.named_parameters() if ".experts." in name]
+    evidence = e.Evidence(model, names, samples, num_samples=len(samples), batch_size=2)
+    found = e.Wanda().scores(evidence)
+    assert found.keys() == set(names)
+    for name, scores in expected.items():
+        torch.testing.assert_close(found[f"{prefix}.{name}"].double(), scores, rtol=1e-4, atol=1e-6)
+    if family == "mixtral":  # all else is seen as well
+        assert e.Wanda().scores(evidence_for(model, samples)).keys() == dict(model.named_parameters()).keys()
+
+
+def test_wanda_names_what_it_cannot_see():
+    model = unusual("gpt_oss").float()  # attention sinks are scores, not factors
+    with pytest.raises(UnsupportedModelError, match=r"Wanda cannot see .* `parameters`"):
         e.Wanda().scores(evidence_for(model, known_samples(model)))
     with pytest.raises(UnsupportedModelError, match="Wanda cannot see"):
         e.Wanda().check(model, [name for name, _ in model.named_parameters()], known_samples(model, 1)[0])

@@ -5,6 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from test_lrp import FAMILIES, Doubling, Small, family
 from tiny_decoders import IDS, POSITIONS, TARGETS, Snapshot, tiny_gpt2, tiny_llama
+from tiny_families import KINDS, MEMBERS, UNUSUAL, member, unusual
 from torch import nn
 from transformers import (
     BloomConfig,
@@ -62,7 +63,14 @@ def test_families_are_supported(name):
     assert check.forward_difference == 0
     assert [layer.name.rsplit(".", 1)[-1] for layer in check.layers] == ["embeddings", "0", "1", "head"]
     assert max(abs(layer.lost) for layer in check.layers) < 1e-4  # float32, and f may be small
-    assert abs(check.conservation_error - conservation_error(family(name), **SAMPLE)) < 1e-4
+    assert check.conservation_error == conservation_error(family(name), **SAMPLE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", MEMBERS)
+def test_every_family_is_supported_in_narrow_floats(name, dtype):
+    check = check_model(member(name, KINDS[name][0]).to(dtype))
+    assert check.verdict == "supported", str(check)
 
 
 def test_a_random_prompt_is_the_same_each_time_and_avoids_special_tokens():
@@ -128,12 +136,39 @@ def test_parameters_and_constants_that_are_added_count_whatever_their_name():
             return torch.sub(self.inner(x), self.offset) + 0.5
 
     model.model.layers[0].mlp.down_proj = Shifted(model.model.layers[0].mlp.down_proj)
-    assert conservation_error(model, **SAMPLE) > 1e-3  # which goes by the name
+    assert conservation_error(model, **SAMPLE) < 1e-13
     check = check_model(model, **SAMPLE)
     assert check.verdict == "supported"
     additive = {layer.name: layer.additive for layer in check.layers}
     assert abs(additive.pop("model.layers.0")) > 1e-3
     assert set(additive.values()) == {0}
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_conservation_with_sources_of_any_name(name):
+    """Biases of experts named ``*_bias``, sinusoidal positions, overwritten embeddings, embeddings for each layer."""
+    model = unusual(name).float()  # XGLM clamps its mask to float32's range
+    named = sum(p.numel() for key, p in model.named_parameters() if key.endswith("bias"))
+    assert conservation_error(model, **SAMPLE) < 1e-5  # the norms compute in float32
+    check = check_model(model, **SAMPLE)
+    assert check.verdict == "supported", str(check)
+    additive = sum(abs(layer.additive) for layer in check.layers)
+    assert named == 0 or additive > 1e-2 * abs(check.target)
+
+
+def test_conservation_with_padding_on_the_left_is_that_without():
+    model = tiny_llama()
+    padded, mask = torch.cat([torch.zeros(1, 3, dtype=torch.long), IDS], 1), torch.ones(1, 10, dtype=torch.long)
+    mask[:, :3] = 0
+    found = check_model(model, padded, mask, positions=POSITIONS + 3, targets=TARGETS)
+    assert found.target == pytest.approx(check_model(model, **SAMPLE).target, rel=1e-6)  # rotary angles are float32
+    assert conservation_error(model, padded, mask, positions=POSITIONS + 3, targets=TARGETS) < 1e-13
+
+
+def test_conservation_error_refuses_what_the_rules_do_not_cover():
+    model = with_extra(lambda x: torch.cumprod(x, -1))
+    with pytest.raises(UnsupportedModelError, match=r"`model\.layers\.\*\.mlp\.down_proj\.\*` \(Extra\)"):
+        conservation_error(model, **SAMPLE)
 
 
 def test_an_activation_that_was_detached_is_no_source():
@@ -194,6 +229,9 @@ def test_a_custom_function_is_listed_with_the_module_that_called_it():
     }
     assert "GeLUFunctionBackward: 2 x in transformer.h.*.mlp.gelu_impl (BloomGelu)" in str(check)
     assert check.verdict == "not supported"
+    reason = check.reasons[0]
+    assert "in `transformer.h.*.mlp.gelu_impl` (BloomGelu)" in reason  # where, and what to do
+    assert "plain torch operations, or an estimator that needs no rules" in reason
 
 
 @pytest.mark.parametrize("layer", [0, 1])

@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
+_SMALL = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _BASE = {
-    "vocab_size": VOCAB,
+    **_SMALL,
     "hidden_size": 16,
     "intermediate_size": 12,
     "num_hidden_layers": 2,
@@ -18,9 +19,6 @@ _BASE = {
     "num_key_value_heads": 2,
     "head_dim": 4,
     "max_position_embeddings": 32,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
     "tie_word_embeddings": False,
 }
 _WINDOW_IN_LAYER_1 = {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1}
@@ -58,6 +56,24 @@ MEMBERS = {
     "qwen3_moe": ("qwen3_moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}),
 }
 EXPERTS = ("mixtral", "qwen3_moe")
+# Further architectures, whose parameters have unusual names or uses; not among those proved against the reference.
+_MIXED_ATTENTION = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 3}
+_UNUSUAL = {
+    "gpt_oss": {**_BASE, **_MIXED_ATTENTION, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "xglm": {**_SMALL, "d_model": 16, "ffn_dim": 12, "num_layers": 2, "attention_heads": 4},
+    "ctrl": {**_SMALL, "n_embd": 16, "dff": 12, "n_layer": 2, "n_head": 4, "n_positions": 32},
+    "gemma3n_text": {
+        **_BASE,
+        **_MIXED_ATTENTION,
+        "vocab_size_per_layer_input": VOCAB,
+        "hidden_size_per_layer_input": 4,
+        "altup_num_inputs": 2,
+        "laurel_rank": 4,
+        "num_kv_shared_layers": 0,
+        "activation_sparsity_pattern": [0.5, 0.0],
+    },
+}
+UNUSUAL = tuple(_UNUSUAL)
 # transformers refuses sdpa for Gemma 2: it has no soft-cap
 KINDS = {name: ("eager",) if kind == "gemma2" else ("sdpa", "eager") for name, (kind, _) in MEMBERS.items()}
 
@@ -82,6 +98,15 @@ def _model(name, attention, tied):
 def member(name, attention="eager", tied=None):
     """A model of the caller's own, float64, in evaluation mode."""
     return copy.deepcopy(_model(name, attention, tied))
+
+
+def unusual(model_type):
+    """A model of the caller's own, float64, in evaluation mode."""
+    config = AutoConfig.for_model(model_type, attn_implementation="eager", **copy.deepcopy(_UNUSUAL[model_type]))
+    model = randomised(AutoModelForCausalLM.from_config(config), seed=0)
+    if "experts" in " ".join(dict(model.named_parameters())):
+        model.set_experts_implementation("eager")  # the fused kernel has no float64
+    return model
 
 
 class KeepFloat64(TorchFunctionMode):

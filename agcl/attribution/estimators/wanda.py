@@ -23,7 +23,8 @@ class Wanda(Estimator):
     """``|W| * ||x||``, the norm over all tokens of the samples.
 
     Extended to what Wanda leaves out: an embedding is a linear map of one-hot vectors, the weight of a normalisation
-    multiplies the normalised input, a bias meets 1. The squares of a parameter's several uses (tied embeddings) add up.
+    multiplies the normalised input, a bias meets 1, an expert the tokens that are sent to it. The
+    squares of a parameter's several uses (tied embeddings) add up.
     """
 
     def check(self, model: nn.Module, parameters: Sequence[str], sample: Sample) -> None:
