@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,9 @@ def collect_results(trainer: Trainer, pl_module: Any) -> dict[str, Any]:
         "probes": matrices,
         "model": pl_module.model_name_or_path,
         "precision": str(trainer.precision),
+        "seed": _seed(),
+        **_sizes(trainer, pl_module),
+        "peak_memory_bytes": _peak_memory_bytes(),
         "versions": {
             "agcl": agcl.__version__,
             "torch": torch.__version__,
@@ -103,6 +107,41 @@ def collect_results(trainer: Trainer, pl_module: Any) -> dict[str, Any]:
             "lightning": lightning.__version__,
         },
     }
+
+
+def _sizes(trainer: Trainer, pl_module: Any) -> dict[str, Any]:
+    """Number of weights that are trained, and the bytes that the method keeps beside the model per weight of the model.
+
+    A callback or data module that keeps something says how much in a method ``extra_bytes() -> int``.
+    """
+    keepers = [*trainer.callbacks, trainer.datamodule]  # type: ignore[attr-defined]
+    extra_bytes = sum(keeper.extra_bytes() for keeper in keepers if hasattr(keeper, "extra_bytes"))
+    parameters = list(pl_module.model.parameters())
+    return {
+        "trainable_weights": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+        "extra_bytes_per_weight": extra_bytes / sum(parameter.numel() for parameter in parameters),
+    }
+
+
+def _peak_memory_bytes() -> int | None:
+    """Largest memory of this process so far: allocated on its GPU, else resident; ``None`` where it is not known.
+
+    A resumed run counts from where it went on.
+    """
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:  # Windows has none
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def _seed() -> int | None:
+    """What Lightning's ``seed_everything`` was last given, from the variable in which it keeps it."""
+    seed = os.environ.get("PL_GLOBAL_SEED")
+    return None if seed is None else int(seed)
 
 
 def write_results(folder: Path, results: dict[str, Any]) -> None:
