@@ -132,7 +132,7 @@ def _choice_warnings(comparison: Comparison, methods: Mapping[str, Record]) -> l
     warnings = []
     for name, method in methods.items():
         if method["chosen"] is None:
-            warnings.append(f"{name}: none of its trials finished, so that it has no settings and no runs.")
+            warnings.append(f"{name}: no trial gave a score to choose by, so that there are no settings and no runs.")
         for key in method["at_edge"]:
             value = {key: method["chosen"][key]}
             warnings.append(f"{name}: {values_text(value)} is at the edge of its grid; a better value may lie beyond.")

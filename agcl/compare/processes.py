@@ -17,7 +17,7 @@ from agcl.errors import AgclError
 Report = Callable[[Run, list[str] | None, str | None], None]
 """Called with a run and its command when it starts, and with ``None`` and its error, if it has one, when it ends."""
 
-_POLL_SECONDS = 0.2
+POLL_SECONDS = 0.2
 _GRACE_SECONDS = 10
 
 
@@ -25,7 +25,7 @@ def run_in_processes(runs: Sequence[Run], comparison: Comparison, report: Report
     """Run all; a failed one is reported and the others go on. However this ends, no process is left."""
     waiting, free = deque(runs), deque(slots(comparison))
     active: dict[subprocess.Popen, tuple[Run, dict[str, str]]] = {}
-    with _terminable():
+    with terminable():
         try:
             while waiting or active:
                 while waiting and free:
@@ -42,18 +42,23 @@ def run_in_processes(runs: Sequence[Run], comparison: Comparison, report: Report
                     run, slot = active.pop(process)
                     free.append(slot)
                     report(run, None, run.conclude(process.returncode, comparison.keep_models))
-                time.sleep(_POLL_SECONDS)
+                time.sleep(POLL_SECONDS)
         finally:
             stop(list(active))
 
 
 def slots(comparison: Comparison) -> list[dict[str, str]]:
     """Environment variables that pin the runs at a time to their devices and threads."""
-    threads = {"OMP_NUM_THREADS": str(comparison.threads)} if comparison.threads else {}
+    shared = environment(comparison)
     if not comparison.devices:
-        return [threads for _ in range(comparison.parallel or 1)]
+        return [shared for _ in range(comparison.parallel or 1)]
     devices = comparison.devices[: comparison.parallel]
-    return [{**threads, "CUDA_VISIBLE_DEVICES": str(device)} for device in devices]
+    return [{**shared, "CUDA_VISIBLE_DEVICES": str(device)} for device in devices]
+
+
+def environment(comparison: Comparison) -> dict[str, str]:
+    """Environment variables that all runs get."""
+    return {"OMP_NUM_THREADS": str(comparison.threads)} if comparison.threads else {}
 
 
 def start(run: Run, command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen:
@@ -81,8 +86,8 @@ def stop(processes: Sequence[subprocess.Popen]) -> None:
 
 
 @contextmanager
-def _terminable() -> Iterator[None]:
-    """Let a polite request to end (a batch system's, say) clean up as Ctrl-C does."""
+def terminable() -> Iterator[None]:
+    """Let a request to terminate (``kill``, a batch system) clean up as Ctrl-C does."""
 
     def leave(number: int, frame: Any) -> None:
         sys.exit(128 + number)

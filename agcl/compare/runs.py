@@ -104,8 +104,8 @@ class Run:
         error = None
         if status:
             error = f"ended by signal {-status}" if status < 0 else self._last_error() or f"exit status {status}"
-        elif results is None or None in results["scores"][-1]:
-            error = "the results are not complete"
+        elif results is None or all(score is None for score in results["scores"][-1]):
+            error = "no scores after the last task"
         if error is None and not keep_models:
             for name in _LARGE:
                 shutil.rmtree(self.folder / name, ignore_errors=True)

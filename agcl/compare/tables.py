@@ -39,7 +39,9 @@ def rich_tables(record: Record) -> list[Table]:
     """The tables for the terminal."""
     tables = []
     for title, headers, rows in grids(record):
-        table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE, show_edge=False)
+        table = Table(
+            title=title, title_justify="left", title_style="bold", box=box.SIMPLE, show_edge=False, padding=(0, 1, 0, 0)
+        )
         for number, header in enumerate(headers):
             table.add_column(header, justify="left" if number == 0 else "right", overflow="fold")
         for row in rows:
