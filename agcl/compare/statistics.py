@@ -12,8 +12,8 @@ def mean(values: Sequence[float]) -> float:
     """Arithmetic mean; NaN of nothing.
 
     Example:
-        >>> mean([0.2, 0.4]), mean([])
-        (0.3, nan)
+        >>> mean([0.25, 0.5]), mean([])
+        (0.375, nan)
     """
     return math.fsum(values) / len(values) if values else math.nan
 
