@@ -36,6 +36,7 @@ class ContinualReport(Callback):
     def __init__(self, save_model: bool = True) -> None:
         self.save_model = save_model
         self._seconds_before = 0.0
+        self._extra_bytes = 0
         self._start = time.monotonic()
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
@@ -67,6 +68,9 @@ class ContinualReport(Callback):
     def _write(self, trainer: Trainer, pl_module: Any) -> tuple[Path, dict[str, Any]]:
         results = collect_results(trainer, pl_module)  # on all ranks: metrics are synchronised
         results["wall_seconds"] = round(self._wall_seconds(), 1)
+        results["peak_memory_bytes"] = _peak_memory_bytes()
+        self._extra_bytes = max(self._extra_bytes, _extra_bytes(trainer))  # some let go of it before training ends
+        results["extra_bytes_per_weight"] = self._extra_bytes / sum(p.numel() for p in pl_module.model.parameters())
         folder = Path(trainer.log_dir or trainer.default_root_dir)  # on all ranks too: it is broadcast
         if trainer.is_global_zero:
             write_results(folder, results)
@@ -98,8 +102,7 @@ def collect_results(trainer: Trainer, pl_module: Any) -> dict[str, Any]:
         "model": pl_module.model_name_or_path,
         "precision": str(trainer.precision),
         "seed": _seed(),
-        **_sizes(trainer, pl_module),
-        "peak_memory_bytes": _peak_memory_bytes(),
+        "trainable_weights": sum(p.numel() for p in pl_module.model.parameters() if p.requires_grad),
         "versions": {
             "agcl": agcl.__version__,
             "torch": torch.__version__,
@@ -109,18 +112,10 @@ def collect_results(trainer: Trainer, pl_module: Any) -> dict[str, Any]:
     }
 
 
-def _sizes(trainer: Trainer, pl_module: Any) -> dict[str, Any]:
-    """Number of weights that are trained, and the bytes that the method keeps beside the model per weight of the model.
-
-    A callback or data module that keeps something says how much in a method ``extra_bytes() -> int``.
-    """
+def _extra_bytes(trainer: Trainer) -> int:
+    """What the method keeps beside the model at this moment: callbacks and data module say so in ``extra_bytes()``."""
     keepers = [*trainer.callbacks, trainer.datamodule]  # type: ignore[attr-defined]
-    extra_bytes = sum(keeper.extra_bytes() for keeper in keepers if hasattr(keeper, "extra_bytes"))
-    parameters = list(pl_module.model.parameters())
-    return {
-        "trainable_weights": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
-        "extra_bytes_per_weight": extra_bytes / sum(parameter.numel() for parameter in parameters),
-    }
+    return sum(keeper.extra_bytes() for keeper in keepers if hasattr(keeper, "extra_bytes"))
 
 
 def _peak_memory_bytes() -> int | None:

@@ -62,21 +62,14 @@ def _equal_performance(axes: Any, record: Record) -> None:
         return
     share = (num_tasks - 1) / num_tasks
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
-    for tenths in range(-10, 21):
+    for tenths in range(-10, 11):
         level = tenths / 10
         x = min(right, (level - bottom) / share)  # the lower right end of the line within the axes
         if x > left and level - share * x < top:
             axes.axline((x, level - share * x), slope=-share, color="0.75", linestyle="--", linewidth=0.8, zorder=1)
-            axes.annotate(
-                f"AP {level:.1f}",
-                (x, level - share * x),
-                xytext=(-3, 3),
-                textcoords="offset points",
-                fontsize=7,
-                color="0.45",
-                ha="right",
-                va="bottom",
-                zorder=1,
-            )
+            if x < left + 0.08 * (right - left):
+                continue  # its label would lie across the axis
+            place: dict[str, Any] = {"xytext": (-3, 3), "textcoords": "offset points", "ha": "right", "va": "bottom"}
+            axes.annotate(f"AP {level:.1f}", (x, level - share * x), **place, fontsize=7, color="0.45", zorder=1)
     axes.set_xlim(left, right)
     axes.set_ylim(bottom, top)

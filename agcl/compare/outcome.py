@@ -147,6 +147,10 @@ def _notes(comparison: Comparison, methods: Mapping[str, Record]) -> list[str]:
     notes = []
     if not (comparison.trial_configs or comparison.trial_settings) and any(m["trials"] for m in methods.values()):
         notes.append("Settings were chosen by the scores on the rows that the table is about, not on validation rows.")
+    if comparison.runner == "processes" and (comparison.parallel or 1) > 1:
+        notes.append(
+            f"Up to {comparison.parallel} runs shared the machine, so that their wall times are longer than alone."
+        )
     numbers = {d["number"] for m in methods.values() for d in m["differences"].values()} - {0}
     fewest = min(numbers, default=0)
     if fewest == 1:

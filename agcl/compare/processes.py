@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from agcl.compare.runs import Run
@@ -36,7 +37,7 @@ def run_in_processes(runs: Sequence[Run], comparison: Comparison, report: Report
                         report(run, None, str(error))
                         free.append(slot)
                         continue
-                    active[start(run, command, slot)] = (run, slot)
+                    active[start(run.log, command, slot)] = (run, slot)
                     report(run, command, None)
                 for process in [process for process in active if process.poll() is not None]:
                     run, slot = active.pop(process)
@@ -61,15 +62,25 @@ def environment(comparison: Comparison) -> dict[str, str]:
     return {"OMP_NUM_THREADS": str(comparison.threads)} if comparison.threads else {}
 
 
-def start(run: Run, command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen:
-    """Start a run, its output to its log, in a session of its own: it can be stopped with all its workers."""
-    with run.log.open("ab") as log:
+def start(
+    log: Path, command: Sequence[str], variables: Mapping[str, str], folder: Path | None = None
+) -> subprocess.Popen:
+    """Start a process in a session of its own, so that it can be stopped with all its workers.
+
+    Args:
+        log: Its output is appended to this file.
+        command: The command line.
+        variables: Environment variables beside those of this process.
+        folder: Its working directory; this process's if left out.
+    """
+    with log.open("ab") as output:
         return subprocess.Popen(
             command,
+            cwd=folder,
             stdin=subprocess.DEVNULL,
-            stdout=log,
+            stdout=output,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **environment},
+            env={**os.environ, **variables},
             start_new_session=True,
         )
 

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from agcl.compare.processes import POLL_SECONDS, Report, environment, start, stop, terminable
@@ -37,7 +38,8 @@ def run_on_ray(runs: Sequence[Run], comparison: Comparison, report: Report) -> N
                 except AgclError as error:
                     report(run, None, str(error))
                     continue
-                pending[execute.remote(run, command, environment(comparison))] = run
+                task = execute.remote(run.log.absolute(), command, environment(comparison), Path.cwd())
+                pending[task] = run
                 report(run, command, None)
             while pending:
                 (done,), _ = ray.wait(list(pending))
@@ -54,8 +56,8 @@ def run_on_ray(runs: Sequence[Run], comparison: Comparison, report: Report) -> N
             ray.shutdown()
 
 
-def _execute(run: Run, command: list[str], variables: dict[str, str]) -> int:
-    process = start(run, command, variables)
+def _execute(log: Path, command: list[str], variables: dict[str, str], folder: Path) -> int:
+    process = start(log, command, variables, folder)
     try:
         while process.poll() is None:
             time.sleep(POLL_SECONDS)  # a cancelled task is interrupted here; a blocking wait would not be

@@ -105,6 +105,17 @@ def test_no_more_at_a_time_than_asked_for(make, tmp_path):
     assert [error for _, _, error in events] == [None] * 6
 
 
+def test_ray_gives_the_same_outcomes(make, tmp_path):
+    pytest.importorskip("ray")
+    from agcl.compare.ray_tasks import run_on_ray
+
+    pinned = "assert os.environ['OMP_NUM_THREADS'] == '1';" + WRITE
+    runs, errors = [make("good", pinned), make("bad", "raise RuntimeError('no luck')"), make("lost", "pass")], {}
+    run_on_ray(runs, comparison(tmp_path, threads=1), lambda run, _, error: errors.update({run.method: error}))
+    assert errors == {"good": None, "bad": "RuntimeError: no luck", "lost": "no scores after the last task"}
+    assert runs[0].results() == SCORES
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interruption_leaves_no_process_and_no_finished_run(make, tmp_path, number):
     child = "import subprocess; p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']);\n"
