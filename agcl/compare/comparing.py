@@ -39,14 +39,14 @@ def compare_methods(
         runner = run_on_ray if comparison.runner == "ray" else run_in_processes
     trials = {name: plan.trial_runs(name) for name in comparison.methods}
     if not report_only:
-        _run("trials", [run for runs in trials.values() for run in runs], comparison, console, runner)
+        _run("Trials", [run for runs in trials.values() for run in runs], comparison, console, runner)
     chosen = {name: _choose(comparison, name, runs) for name, runs in trials.items()}
     finals = {name: plan.final_runs(name, values) if values is not None else [] for name, values in chosen.items()}
     if not report_only:
         for name, values in chosen.items():
             if values:
                 console.print(f"Chosen for {name}: {values_text(values)}", markup=False, soft_wrap=True)
-        _run("runs", [run for runs in finals.values() for run in runs], comparison, console, runner)
+        _run("Runs", [run for runs in finals.values() for run in runs], comparison, console, runner)
     methods = {}
     for name, method in comparison.methods.items():
         edges = at_edge(method, chosen[name] or {})
@@ -72,13 +72,14 @@ def _choose(comparison: Comparison, method: str, trials: Sequence[Run]) -> Value
     scores = []
     for run in trials:
         results = run.results()
-        scores.append((run.values, None if results is None else results["metrics"][comparison.selection]))
+        scores.append((run.values, None if results is None else results["metrics"].get(comparison.selection)))
     return choose(scores)
 
 
 def _run(kind: str, runs: Sequence[Run], comparison: Comparison, console: Console, runner: Runner) -> None:
     missing = [run for run in runs if run.results() is None]
-    console.print(f"{len(runs)} {kind}, {len(runs) - len(missing)} of them there already.")
+    if runs:
+        console.print(f"{kind}: {len(runs)}, of which {len(runs) - len(missing)} are there already.")
     ended = 0
 
     def report(run: Run, command: list[str] | None, error: str | None) -> None:

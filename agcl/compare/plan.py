@@ -49,8 +49,9 @@ class Plan:
         if order is not None:
             settings["data.order"] = comparison.orders[order]
         config = overlay(layers, settings)
-        parts = [f"seed-{seed}", *([] if order is None else [order]), digest([layers, config])]
-        folder = Path(comparison.output) / name / _file_name(values_text(values)) / _file_name("-".join(parts))
+        place = f"seed-{seed}" if order is None else f"seed-{seed}-{order}"
+        leaf = f"{_file_name(place)}-{digest([layers, config])}"
+        folder = Path(comparison.output) / name / _file_name(values_text(values)) / leaf
         # A name and a version that are empty make the logger's folder the run's own.
         logger = {"save_dir": str(folder), "name": "", "version": "", "default_hp_metric": False}
         config.setdefault("trainer", {})["logger"] = {

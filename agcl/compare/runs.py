@@ -18,7 +18,8 @@ from agcl.errors import AgclError
 
 STARTED, FINISHED, FAILED = "started", "finished", "failed"
 _LARGE = ("model", "checkpoints", "importance")
-_ERROR_LINE = re.compile(r"(agcl: error: |[\w.]*(Error|Exception|Interrupt|Exit)\b)")
+_ERROR_LINE = re.compile(r"(agcl: )?error: |[\w.]*(Error|Exception|Interrupt|Exit)\b")
+_LONGEST_ERROR = 400
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Run:
         return f"{self.method} ({values_text(self.values)}), seed {self.seed}{order}"
 
     def command(self) -> list[str]:
-        """The command line, which works by hand as well."""
+        """The command line; to repeat it by hand, add ``--trainer.logger.init_args.save_dir`` with another folder."""
         files = (*self.configs, str(self.folder / "run.yaml"))
         return [sys.executable, "-m", "agcl", "fit", *(word for file in files for word in ("--config", file))]
 
@@ -125,8 +126,8 @@ class Run:
 
     def _last_error(self) -> str | None:
         lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
-        errors = [line for line in lines if _ERROR_LINE.match(line)]
-        return next(reversed(errors or lines), None)
+        starts = [number for number, line in enumerate(lines) if _ERROR_LINE.match(line)]
+        return " ".join(lines[starts[-1] if starts else -1 :])[:_LONGEST_ERROR] or None
 
 
 def values_text(values: Mapping[str, Any]) -> str:

@@ -56,7 +56,7 @@ def markdown(record: Record) -> str:
     for title, headers, rows in grids(record):
         alignment = ["---", *["---:"] * (len(headers) - 1)]
         lines = [" | ".join(cells) for cells in (headers, alignment, *rows)]
-        parts += [f"## {title}", "\n".join(f"| {line} |" for line in lines)]
+        parts += [_escaped(f"## {title}"), "\n".join(_escaped(f"| {line} |") for line in lines)]
     parts.append("![learning accuracy against backward transfer](stability_plasticity.png)")
     for title, texts in remarks(record):
         parts += [f"## {title}", "\n".join(f"- {text}" for text in texts)]
@@ -167,6 +167,11 @@ def _interval(metric: str, entry: Mapping[str, Any] | None) -> str:
 
 def _number(metric: str, value: float, sign: str = "") -> str:
     return f"{value * _SCALES.get(metric, 1.0):{sign}.{_DIGITS.get(metric, 3)}f}"
+
+
+def _escaped(line: str) -> str:
+    """Two asterisks in a line would make what is between them italic."""
+    return line.replace("*", r"\*")
 
 
 def text_lines(texts: Sequence[tuple[str, list[str]]]) -> list[str]:

@@ -171,12 +171,13 @@ def test_backward_transfer_bought_by_learning_less_is_named(setting, learning, t
     assert ("bought by low learning accuracy, lower by 0.200" in text) == warned
 
 
-def test_choice_at_the_edge_of_the_grid_is_flagged(setting):
+def test_choice_at_the_edge_of_the_grid_is_flagged(setting, tmp_path):
     grid = {LR: [1.0, 2.0, 3.0], STRENGTH: [5.0]}
     record, _, text = run(setting({"plain": Method(grid=grid)}), lambda method, values, seed: (values[LR] / 4, -0.1))
     assert record["methods"]["plain"]["at_edge"] == [LR]
     assert "lr*=3.0, strength=5.0" in text
     assert "lr=3.0 is at the edge of its grid" in text
+    assert r"| plain | lr\*=3.0, strength=5.0 |" in (tmp_path / "out" / "comparison.md").read_text()
 
 
 def test_of_equal_scores_the_smaller_learning_rate_is_chosen():

@@ -61,6 +61,7 @@ def test_failures_are_reported_by_their_last_error_and_the_others_go_on(make, tm
     runs = [
         make("raises", "print('first'); raise RuntimeError('out of luck')"),
         make("user", "sys.exit('agcl: error: The file x does not exist.')"),
+        make("parser", "sys.exit('usage: agcl\\nerror: Parser key \"a\":\\n  Expected an int.')"),
         make("killed", "os.kill(os.getpid(), 9)"),
         make("silent", "pass"),
         make("half", "open('scores.json', 'w').write(json.dumps({'scores': [[0.0], [None]]}))"),
@@ -70,13 +71,14 @@ def test_failures_are_reported_by_their_last_error_and_the_others_go_on(make, tm
     assert errors == {
         "raises": "RuntimeError: out of luck",
         "user": "agcl: error: The file x does not exist.",
+        "parser": 'error: Parser key "a": Expected an int.',
         "killed": "ended by signal 9",
         "silent": "no scores after the last task",
         "half": "no scores after the last task",
         "good": None,
     }
-    assert [run.state()["state"] for run in runs] == ["failed"] * 5 + ["finished"]
-    assert [run.results() for run in runs] == [None] * 5 + [SCORES]
+    assert [run.state()["state"] for run in runs] == ["failed"] * 6 + ["finished"]
+    assert [run.results() for run in runs] == [None] * 6 + [SCORES]
     assert "first" in runs[0].log.read_text()
 
 
