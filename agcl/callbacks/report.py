@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ class ContinualReport(Callback):
     def __init__(self, save_model: bool = True) -> None:
         self.save_model = save_model
         self._seconds_before = 0.0
+        self._extra_bytes = 0
         self._start = time.monotonic()
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
@@ -66,6 +68,9 @@ class ContinualReport(Callback):
     def _write(self, trainer: Trainer, pl_module: Any) -> tuple[Path, dict[str, Any]]:
         results = collect_results(trainer, pl_module)  # on all ranks: metrics are synchronised
         results["wall_seconds"] = round(self._wall_seconds(), 1)
+        results["peak_memory_bytes"] = _peak_memory_bytes()
+        self._extra_bytes = max(self._extra_bytes, _extra_bytes(trainer))  # some let go of it before training ends
+        results["extra_bytes_per_weight"] = self._extra_bytes / sum(p.numel() for p in pl_module.model.parameters())
         folder = Path(trainer.log_dir or trainer.default_root_dir)  # on all ranks too: it is broadcast
         if trainer.is_global_zero:
             write_results(folder, results)
@@ -96,6 +101,8 @@ def collect_results(trainer: Trainer, pl_module: Any) -> dict[str, Any]:
         "probes": matrices,
         "model": pl_module.model_name_or_path,
         "precision": str(trainer.precision),
+        "seed": _seed(),
+        "trainable_weights": sum(p.numel() for p in pl_module.model.parameters() if p.requires_grad),
         "versions": {
             "agcl": agcl.__version__,
             "torch": torch.__version__,
@@ -103,6 +110,33 @@ def collect_results(trainer: Trainer, pl_module: Any) -> dict[str, Any]:
             "lightning": lightning.__version__,
         },
     }
+
+
+def _extra_bytes(trainer: Trainer) -> int:
+    """What the method keeps beside the model at this moment: callbacks and data module say so in ``extra_bytes()``."""
+    keepers = [*trainer.callbacks, trainer.datamodule]  # type: ignore[attr-defined]
+    return sum(keeper.extra_bytes() for keeper in keepers if hasattr(keeper, "extra_bytes"))
+
+
+def _peak_memory_bytes() -> int | None:
+    """Largest memory of this process so far: allocated on its GPU, else resident; ``None`` where it is not known.
+
+    A resumed run counts from where it went on.
+    """
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:  # Windows has none
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def _seed() -> int | None:
+    """What Lightning's ``seed_everything`` was last given, from the variable in which it keeps it."""
+    seed = os.environ.get("PL_GLOBAL_SEED")
+    return None if seed is None else int(seed)
 
 
 def write_results(folder: Path, results: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ from docstring_parser import DocstringStyle, parse
 from jsonargparse import ArgumentParser, Namespace
 
 from agcl.commands.check_model import check_model
+from agcl.commands.compare_methods import compare_methods
 from agcl.commands.importance import compare, merge, show
 
 Command = Callable[..., int | None]
@@ -22,6 +23,7 @@ COMMANDS: dict[str, Command | dict[str, Any]] = {
         "compare": compare,
     },
     "check-model": check_model,
+    "compare": compare_methods,
 }
 """What may follow ``agcl``: a function, or a mapping of further words to functions, ``_help`` saying what it is.
 

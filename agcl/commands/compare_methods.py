@@ -1,0 +1,25 @@
+"""``agcl compare --config FILE``: continual-learning methods side by side, each tuned with as many trials."""
+
+from pathlib import Path
+
+from rich.console import Console
+
+from agcl.compare import compare_methods as run_comparison
+from agcl.compare import read_comparison
+
+
+def compare_methods(*, config: Path, report_only: bool = False) -> int:
+    """Compare continual-learning methods over seeds, each tuned with the same number of trials.
+
+    Args:
+        config: The comparison's YAML file; see lightning_configs/compare/quickstart.yaml.
+        report_only: Run nothing, and make the tables from the runs that are there.
+
+    Returns:
+        Exit status: 1 if a run failed or is missing, else 0.
+
+    Raises:
+        AgclError: If the file, or a configuration that it names, cannot work.
+    """
+    record = run_comparison(read_comparison(config), Console(highlight=False), report_only=report_only)
+    return 1 if record["failures"] or record["missing"] else 0
