@@ -1,5 +1,6 @@
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -101,7 +102,7 @@ def test_blocks_equal_the_mean_of_block_maxima(monkeypatch, lengths, sign, norma
         if normalisation == "log":
             values = np.stack([log_scale(sample[name]).double().numpy() for sample in relevances])
         values = np.abs(values) if sign == "absolute" else values
-        maxima = [values[start:end].max(0) for start, end in zip(cuts, cuts[1:], strict=False)]
+        maxima = [values[start:end].max(0) for start, end in pairwise(cuts)]
         expected = np.clip(np.mean(maxima, axis=0), 0, None)
         bound = 2**-11 if normalisation == "log" else 2**-8 * np.abs(values).max()
         np.testing.assert_allclose(score.numpy(), expected, rtol=0, atol=bound)
