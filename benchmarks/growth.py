@@ -34,10 +34,13 @@ def num_weights(model):
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def attribution_time(model, samples, repeats):
+    consume = aggregating(BLOCKS)
+    return smallest_time(lambda: attribute(model, samples, consume), repeats)
+
+
 def over_weights(repeats):
-    print(
-        "\nweights (layers), one row of 32 tokens: forward and backward, attribution with top-8 by blocks, update gate"
-    )
+    print("\nweights, one row of 32 tokens: forward and backward, attribution with top-8 by blocks, update gate")
     for factor in DECADE:
         model = tiny_model(factor)
         samples = rows(model.config.vocab_size, 32, 1)
