@@ -191,12 +191,17 @@ def measure_memory(case):
 def resident_gate(model, samples):
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
     step(model, samples)
-    optimizer.step()
-    before = resident("VmRSS")
+    before = tensor_bytes()
     UpdateGate(model.named_parameters(), random_importance(model)).attach(optimizer)
     optimizer.step()
+    return (tensor_bytes() - before) / 2**20
+
+
+def tensor_bytes():
+    """Of all tensors alive; the process's resident size would count memory that was free before as well."""
     gc.collect()
-    return resident("VmRSS") - before
+    storages = (item.untyped_storage() for item in gc.get_objects() if isinstance(item, torch.Tensor))
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def memory():
