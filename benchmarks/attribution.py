@@ -1,12 +1,15 @@
 """What attribution and gating cost on SmolLM2-135M, as ratios to plain training steps measured in the same run.
 
-    python benchmarks/attribution.py [--tokens 24 64] [--batch 8] [--repeats 3]
+    python benchmarks/attribution.py [--only attribution gates memory] [--tokens 24 64] [--batch 8] [--repeats 3]
 
-Times are the smallest of the repeats. Memory (Linux only) is the peak resident size after loading the model, in a
-process of its own for each case; torch itself is part of it.
+Times are the smallest of the repeats. With one thread (OMP_NUM_THREADS=1) they are processor times, which a busy
+machine disturbs less. Memory (Linux only) is the peak resident size after loading the model, in a process of its own
+for each case; torch itself is part of it. `growth.py` shows how the costs grow, `draws.py` what cheaper aggregations
+change.
 """
 
 import argparse
+import gc
 import subprocess
 import sys
 import time
@@ -16,13 +19,22 @@ import torch
 
 from agcl.attribution import ImportanceConfig, Sample, attribute_batch
 from agcl.attribution.importance import SampleAggregator
+from agcl.attribution.passes import target_logit
 from agcl.gating import UpdateGate
 from agcl.gating.plasticity import scaled_gradient
 from agcl.models import load_model
 
 MODEL = "builtin:smollm2-135m-instruct"
 ANSWER_TOKENS = 5
-AGGREGATIONS = {"mean": ImportanceConfig(), "top-8": ImportanceConfig(top_k=8), "paper": ImportanceConfig.paper()}
+NUM_PLANNED = 16
+AGGREGATIONS = {
+    "mean": ImportanceConfig(),
+    "top-8 by blocks": ImportanceConfig(top_k=8),
+    "top-8, exact": ImportanceConfig(top_k=8, top_k_method="exact"),
+    "paper": ImportanceConfig.paper(),
+    "paper, by blocks": ImportanceConfig(sign="positive", normalisation="log", top_k=8),
+}
+PARTS = ("attribution", "gates", "memory")
 MEMORY_CASES = ("plain", *AGGREGATIONS)
 
 
@@ -45,18 +57,29 @@ def attribute(model, samples, consume, **options):
     attribute_batch(model, samples, consume=consume, only_correct=False, **options)
 
 
-def aggregating(config):
-    aggregator = SampleAggregator(config)
+def aggregating(config, num_planned=NUM_PLANNED):
+    aggregator = SampleAggregator(config, num_planned)
     return lambda name, parameter, gradient: aggregator.update(name, gradient.mul_(parameter.detach()))
+
+
+def random_importance(model):
+    generator = torch.Generator().manual_seed(0)
+    return {
+        name: torch.randint(256, parameter.shape, dtype=torch.uint8, generator=generator)
+        for name, parameter in model.named_parameters()
+    }
+
+
+clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
 
 
 def smallest_time(function, repeats):
     function()
     times = []
     for _ in range(repeats):
-        start = time.perf_counter()
+        start = clock()
         function()
-        times.append(time.perf_counter() - start)
+        times.append(clock() - start)
     return min(times)
 
 
@@ -73,84 +96,148 @@ def attribution_times(model, num_tokens, batch, repeats):
     line("one row, nothing kept", smallest_time(lambda: attribute(model, samples[:1], ignore), repeats))
     for name, config in AGGREGATIONS.items():
         consume = aggregating(config)
-        # Past the first K samples, when the buffers are full.
-        for _ in range(config.top_k or 0):
+        # Exact: past the first K samples, when the buffers are full. Blocks: whole ones, of two samples each.
+        for _ in range(8 if config.top_k and config.top_k_method == "exact" else 0):
             attribute(model, samples[:1], consume)
-        line(f"one row, {name}", smallest_time(lambda c=consume: attribute(model, samples[:1], c), repeats))
+        pair = lambda c=consume: [attribute(model, samples[:1], c) for _ in range(2)]  # noqa: E731
+        line(f"one row, {name}", smallest_time(pair, repeats), 2)
     for name, options in {"each row's own": {}, "their sum as one draw": {"per_sample": False}}.items():
         consume = aggregating(AGGREGATIONS["mean"])
         seconds = smallest_time(lambda c=consume, o=options: attribute(model, samples, c, **o), repeats)
         line(f"batch of {batch}, {name}, mean", seconds, batch)
+    for what, chosen in {"one row": samples[:1], f"batch of {batch}": samples}.items():
+        parts = min((time_by_part(model, chosen) for _ in range(repeats)), key=lambda parts: sum(parts.values()))
+        shares = ", ".join(f"{part} {seconds / sum(parts.values()):.0%}" for part, seconds in parts.items())
+        print(f"  where the time of {what} goes, top-8 by blocks: {shares}")
+
+
+def time_by_part(model, samples):
+    """Seconds of the forward pass, of the backward pass and of what consumes its gradients."""
+    marks, spent = [clock()], [0.0]
+    update = aggregating(AGGREGATIONS["top-8 by blocks"])
+
+    def objective(logits, targets):  # the first thing after the forward pass
+        marks.append(clock())
+        return target_logit(logits, targets)
+
+    def consume(*arguments):
+        start = clock()
+        update(*arguments)
+        spent[0] += clock() - start
+
+    attribute(model, samples, consume, objective=objective)
+    end = clock()
+    return {
+        "forward": marks[1] - marks[0],
+        "backward": end - marks[1] - spent[0],
+        "relevance and top-K": spent[0],
+    }
 
 
 def gate_times(model, num_tokens, batch, repeats):
     samples = rows(model.config.vocab_size, num_tokens, batch)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
-    generator = torch.Generator().manual_seed(0)
-    importance = {
-        name: torch.randint(256, parameter.shape, dtype=torch.uint8, generator=generator)
-        for name, parameter in model.named_parameters()
-    }
+    importance = random_importance(model)
+    named = list(model.named_parameters())
 
     def train():
         step(model, samples)
         optimizer.step()
 
+    def scale():  # what the hooks of the gradient gate do; each gradient is replaced, as in a backward pass
+        for name, parameter in named:
+            parameter.grad = scaled_gradient(parameter.grad, importance[name], 1.0)
+
     training = smallest_time(train, repeats)
     # Timed apart from forward and backward, whose noise is larger than the gate.
-    alone = smallest_time(optimizer.step, repeats)
+    alone = smallest_time(optimizer.step, 2 * repeats)
     with UpdateGate(model.named_parameters(), importance).attach(optimizer):
-        update = smallest_time(optimizer.step, repeats) - alone
-    # What its hooks do, for the same reason.
-    named = list(model.named_parameters())
-    gradient = smallest_time(lambda: [scaled_gradient(p.grad, importance[name], 1.0) for name, p in named], repeats)
+        update = smallest_time(optimizer.step, 2 * repeats) - alone
+    gradient = smallest_time(scale, 2 * repeats)
     print(f"\ntraining step, {batch} rows of {num_tokens} tokens: {training:.3f} s (AdamW, fused: {alone:.3f} s)")
     print(f"  update gate   {update:+.3f} s   {update / training:+.1%}")
     print(f"  gradient gate {gradient:+.3f} s   {gradient / training:+.1%}")
     model.zero_grad(set_to_none=True)
 
 
-def peak_memory(case, num_tokens):
-    """MiB, of a process of its own."""
-    command = [sys.executable, __file__, "--memory-case", case, "--tokens", str(num_tokens)]
+def resident(key):
+    """MiB; ``VmHWM``: the peak, ``VmRSS``: now."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1]) / 1024
+
+
+def in_own_process(case):
+    command = [sys.executable, __file__, "--memory-case", case]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
-def measure_memory(case, num_tokens):
+def measure_memory(case):
+    """Print MiB: the peak of one row of 64 tokens, or what a gate leaves resident."""
     model = load_model(MODEL).eval()
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading
-    samples = rows(model.config.vocab_size, num_tokens, 1)
+    samples = rows(model.config.vocab_size, 64, 1)
+    if case == "gate":
+        print(resident_gate(model, samples))
+        return
     if case == "plain":
         step(model, samples)
     else:
         consume = aggregating(AGGREGATIONS[case])
-        for _ in range(AGGREGATIONS[case].top_k or 1):
+        for _ in range(AGGREGATIONS[case].top_k or 2):  # all of its memory is touched before the last row
             attribute(model, samples, consume)
-    (peak,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    print(int(peak.split()[1]) / 1024)
+    print(resident("VmHWM"))
+
+
+def resident_gate(model, samples):
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
+    step(model, samples)
+    gradients = [parameter.grad for parameter in model.parameters()]  # Python sees them from now on
+    before = tensor_bytes()
+    UpdateGate(model.named_parameters(), random_importance(model)).attach(optimizer)
+    optimizer.step()
+    after = tensor_bytes()
+    del gradients
+    return (after - before) / 2**20
+
+
+def tensor_bytes():
+    """Of all tensors alive; the process's resident size would count memory that was free before as well."""
+    gc.collect()
+    storages = (item.untyped_storage() for item in gc.get_objects() if issubclass(type(item), torch.Tensor))
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def memory():
+    print("\npeak memory of one row of 64 tokens")
+    plain = in_own_process("plain")
+    for case in MEMORY_CASES:
+        found = plain if case == "plain" else in_own_process(case)
+        print(f"  {case:16s} {found:6.0f} MiB   {found / plain:.2f} x")
+    num_weights = sum(parameter.numel() for parameter in load_model(MODEL).parameters())
+    print(f"update gate, its importance included: {in_own_process('gate') * 2**20 / num_weights:.2f} bytes a weight")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=PARTS, nargs="+", default=PARTS)
     parser.add_argument("--tokens", type=int, nargs="+", default=[24, 64])
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--memory-case", choices=MEMORY_CASES, help=argparse.SUPPRESS)
+    parser.add_argument("--memory-case", choices=(*MEMORY_CASES, "gate"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.memory_case:
-        measure_memory(args.memory_case, args.tokens[0])
+        measure_memory(args.memory_case)
         return
     model = load_model(MODEL).eval()
-    print(f"{MODEL}, torch {torch.__version__}, {torch.get_num_threads()} threads, float32")
+    print(f"{MODEL}, torch {torch.__version__}, {torch.get_num_threads()} threads, float32, {clock.__name__}")
     for num_tokens in args.tokens:
-        attribution_times(model, num_tokens, args.batch, args.repeats)
-        gate_times(model, num_tokens, args.batch, args.repeats)
+        if "attribution" in args.only:
+            attribution_times(model, num_tokens, args.batch, args.repeats)
+        if "gates" in args.only:
+            gate_times(model, num_tokens, args.batch, args.repeats)
     del model
-    print("\npeak memory of one row of 64 tokens")
-    plain = peak_memory("plain", 64)
-    for case in MEMORY_CASES:
-        found = peak_memory(case, 64)
-        print(f"  {case:8s} {found:6.0f} MiB   {found / plain:.2f} x")
+    if "memory" in args.only:
+        memory()
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ Metadata are strings. `save_importance` adds the first four, whoever computes th
 ``num_samples``                      Number of samples.
 ``sign``, ``normalisation``,         The settings by which relevance became importance, as in
 ``scope``, ``quantile``, ``top_k``,  :class:`~agcl.attribution.importance.ImportanceConfig`.
-``alpha``
+``top_k_method``, ``alpha``
 ==================================== ==============================================================================
 """
 

@@ -19,11 +19,13 @@ import torch
 from torch import Tensor
 
 from ..errors import AgclError
+from .accumulators import Accumulator, BlockMaximaMean, Mean, MeanOfSeen, TopKMean
 from .levels import MAX_LEVEL
 
 Sign = Literal["positive", "absolute"]
 Normalisation = Literal["log", "rank", "quantile", "none"]
 Scope = Literal["row", "tensor", "layer", "model"]
+TopKMethod = Literal["exact", "blocks"]
 
 _MAX_LEVEL = MAX_LEVEL[8]
 _MODEL_SAMPLE_ENTRIES = 2**24
@@ -50,6 +52,9 @@ class ImportanceConfig:
             tensor and sample, nor by ``"none"``.
         quantile: Where ``"quantile"`` gives the importance 1/2, in (0, 1).
         top_k: Number of largest values per entry that are averaged, None for the mean over all samples.
+        top_k_method: ``"exact"`` keeps the K largest values of every entry, in time and memory that grow with K.
+            ``"blocks"`` averages the maxima of K blocks of samples instead, at about the price of the plain mean; see
+            `agcl.attribution.accumulators.BlockMaximaMean` for how the two differ.
         alpha: Steepness of the log scale, > 0.
 
     Raises:
@@ -61,10 +66,12 @@ class ImportanceConfig:
     scope: Scope = "tensor"
     quantile: float = 0.9
     top_k: int | None = None
+    top_k_method: TopKMethod = "blocks"
     alpha: float = 1e4
 
     def __post_init__(self) -> None:
-        for option, kind in (("sign", Sign), ("normalisation", Normalisation), ("scope", Scope)):
+        choices = {"sign": Sign, "normalisation": Normalisation, "scope": Scope, "top_k_method": TopKMethod}
+        for option, kind in choices.items():
             value, allowed = getattr(self, option), get_args(kind)
             if value not in allowed:
                 raise AgclError(f"`{option}` is {value!r}; choose one of {', '.join(map(repr, allowed))}.")
@@ -78,7 +85,7 @@ class ImportanceConfig:
     @classmethod
     def paper(cls) -> "ImportanceConfig":
         """The settings of arXiv 2605.05285: positive part, log scale, mean of the 8 largest."""
-        return cls(sign="positive", normalisation="log", top_k=8)
+        return cls(sign="positive", normalisation="log", top_k=8, top_k_method="exact")
 
 
 def log_scale(relevance: Tensor, alpha: float = 1e4) -> Tensor:
@@ -116,27 +123,39 @@ def _log_scaled(relevance: Tensor, factor: Tensor, alpha: float) -> Tensor:
 class SampleAggregator:
     """Streams the relevance of samples into one score per weight entry (Eq. 10), parameter by parameter.
 
-    Memory per weight entry: 4 bytes for the mean (float32), ``2 * top_k`` bytes for the top-K mean. Top-K buffers are
-    float16 after log scaling, which is in [-1, 1] (rounding 5e-4 relative), and bfloat16 for unscaled relevance, which
-    spans more decades than float16 has (rounding 4e-3 relative, no worse than the uint8 that follows). Buffers live on
-    the relevance's device. An object serves one task.
+    Memory per weight entry: 4 bytes for the mean (float32), ``2 * top_k`` bytes for the exact top-K mean, 6 bytes for
+    the one by blocks. Values kept for a top-K mean are float16 after log scaling, which is in [-1, 1] (rounding 5e-4
+    relative), and bfloat16 for unscaled relevance, which spans more decades than float16 has (rounding 4e-3 relative,
+    no worse than the uint8 that follows). They live on the relevance's device. An object serves one task.
 
     Args:
-        config: Of which ``sign``, ``top_k`` and, for the log scale, ``normalisation`` and ``alpha`` matter here.
+        config: Of which ``sign``, ``top_k``, ``top_k_method`` and, for the log scale, ``normalisation`` and ``alpha``
+            matter here.
+        num_planned: How many samples are to come, which ``top_k_method="blocks"`` must know; fewer or more may.
+
+    Raises:
+        AgclError: If it must know and does not.
 
     Example:
-        >>> aggregator = SampleAggregator(ImportanceConfig(top_k=2))
-        >>> for relevance in ([1.0, 0.0], [-3.0, 0.0], [2.0, 1.0]):
-        ...     aggregator.update("weight", torch.tensor(relevance))
-        >>> aggregator.aggregate()
-        {'weight': tensor([2.5000, 0.5000])}
+        >>> for method in ("exact", "blocks"):
+        ...     aggregator = SampleAggregator(ImportanceConfig(top_k=2, top_k_method=method), num_planned=4)
+        ...     for relevance in ([1.0, 0.0], [-3.0, 0.0], [2.0, 1.0], [0.0, 4.0]):
+        ...         aggregator.update("weight", torch.tensor(relevance))
+        ...     print(aggregator.aggregate())
+        {'weight': tensor([2.5000, 2.5000])}
+        {'weight': tensor([2.5000, 2.0000])}
     """
 
-    def __init__(self, config: ImportanceConfig) -> None:
+    def __init__(self, config: ImportanceConfig, num_planned: int | None = None) -> None:
+        if config.top_k is not None and config.top_k_method == "blocks" and (num_planned is None or num_planned < 1):
+            raise AgclError(
+                f"`num_planned` is {num_planned}; `top_k_method` 'blocks' needs the number of samples to come, to "
+                "cut them into blocks."
+            )
         self.config = config
         self.num_samples = 0
-        self._buffers: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
+        self._num_planned = num_planned
+        self._kept: dict[str, Accumulator] = {}
         self._shapes: dict[str, torch.Size] = {}
 
     @torch.no_grad()
@@ -150,21 +169,17 @@ class SampleAggregator:
         Raises:
             AgclError: If the shape differs from the earlier samples'.
         """
-        buffer = self._buffer(name, relevance)
-        count = self._counts[name]
+        kept = self._accumulator(name, relevance)
         factor = _log_factor(relevance, self.config.alpha) if self.config.normalisation == "log" else None
-        chunk = _chunk_entries(relevance)
-        for piece, slot in zip(relevance.detach().reshape(-1).split(chunk), buffer.split(chunk, dim=-1), strict=True):
-            value = self._value(piece, factor)
-            if self.config.top_k is None:
-                slot.add_(value)
-            else:
-                _insert_descending(slot, value.to(slot.dtype), count)
-        self._counts[name] = count + 1
-        self.num_samples = max(self.num_samples, count + 1)
+        start = 0
+        for piece in relevance.detach().reshape(-1).split(_chunk_entries(relevance)):
+            kept.add(start, self._value(piece, factor))
+            start += len(piece)
+        kept.next_sample()
+        self.num_samples = max(self.num_samples, kept.count)
 
     def pop(self, name: str) -> Tensor:
-        """Score of one parameter; its buffer is given up.
+        """Score of one parameter; its memory is given up.
 
         The mean divides by ``num_samples``: a parameter that a sample did not reach (an expert not chosen) counts as
         zero there. The top-K mean is over the values seen, if those are fewer than K.
@@ -172,18 +187,13 @@ class SampleAggregator:
         Returns:
             float32 tensor of the parameter's shape, >= 0; in [0, 1] under log scaling, else in units of relevance.
         """
-        buffer, count, shape = self._buffers.pop(name), self._counts.pop(name), self._shapes.pop(name)
-        if self.config.top_k is None:
-            score = buffer.div_(self.num_samples)
-        else:
-            pieces = buffer[:count].split(_chunk_entries(buffer), dim=1)
-            score = torch.cat([piece.mean(0, dtype=torch.float32) for piece in pieces])
+        score = self._kept.pop(name).score(self.num_samples)
         # Eq. 12 clips after the maximum over the tasks; clipping before it gives the same.
-        return score.clamp_min_(0).view(shape)
+        return score.clamp_min_(0).view(self._shapes.pop(name))
 
     def aggregate(self) -> dict[str, Tensor]:
-        """Scores of all parameters (`pop`); each buffer is given up as soon as its score exists."""
-        return {name: self.pop(name) for name in list(self._buffers)}
+        """Scores of all parameters (`pop`); each one's memory is given up as soon as its score exists."""
+        return {name: self.pop(name) for name in list(self._kept)}
 
     def _value(self, piece: Tensor, factor: Tensor | None) -> Tensor:
         """What is averaged: magnitude or signed value, log-scaled where a factor is given."""
@@ -193,31 +203,27 @@ class SampleAggregator:
         value = _log_scaled(piece, factor, self.config.alpha)
         return value if is_absolute else value.copysign_(piece)
 
-    def _buffer(self, name: str, relevance: Tensor) -> Tensor:
-        if name not in self._buffers:
-            top_k, size, device = self.config.top_k, relevance.numel(), relevance.device
-            if top_k is None:
-                buffer = torch.zeros(size, device=device)
-            else:
-                dtype = torch.float16 if self.config.normalisation == "log" else torch.bfloat16
-                buffer = torch.empty(top_k, size, dtype=dtype, device=device)
-            self._buffers[name], self._counts[name], self._shapes[name] = buffer, 0, relevance.shape
+    def _accumulator(self, name: str, relevance: Tensor) -> Accumulator:
+        if name not in self._kept:
+            self._kept[name] = self._new_accumulator(relevance.numel(), relevance.device)
+            self._shapes[name] = relevance.shape
         if self._shapes[name] != relevance.shape:
             raise AgclError(
                 f"Relevance of `{name}` has shape {tuple(relevance.shape)}, in earlier samples "
                 f"{tuple(self._shapes[name])}; use one model throughout."
             )
-        return self._buffers[name]
+        return self._kept[name]
 
-
-def _insert_descending(slot: Tensor, value: Tensor, count: int) -> None:
-    """Insert ``value`` (n,) entry by entry into the columns of ``slot`` (K, n), of which ``count`` rows are filled."""
-    for row in slot[:count]:
-        smaller = torch.minimum(row, value)
-        torch.maximum(row, value, out=row)
-        value = smaller
-    if count < len(slot):
-        slot[count].copy_(value)
+    def _new_accumulator(self, size: int, device: torch.device) -> Accumulator:
+        top_k, num_planned = self.config.top_k, self._num_planned
+        if top_k is None:
+            return Mean(size, device)
+        dtype = torch.float16 if self.config.normalisation == "log" else torch.bfloat16
+        if self.config.top_k_method == "exact" or num_planned is None:
+            return TopKMean(size, device, top_k, dtype)
+        if top_k >= num_planned:  # every sample is a block
+            return MeanOfSeen(size, device)
+        return BlockMaximaMean(size, device, top_k, dtype, num_planned)
 
 
 def _chunk_entries(tensor: Tensor) -> int:

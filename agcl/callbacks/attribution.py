@@ -191,8 +191,9 @@ class AttributionCallback(Callback):
         rank_zero_info(f"Importance of task `{task}` from {num_used} rows in {seconds:.0f} s: {path}")
 
     def _scores(self, trainer: Trainer, pl_module: Any, index: int) -> tuple[dict[str, Tensor], int]:
+        num_samples = min(self.num_samples, len(trainer.datamodule.training_rows(index)))  # type: ignore[attr-defined]
         bar = tqdm(
-            total=self.num_samples,
+            total=num_samples,
             desc=f"Attribution of {pl_module.tasks[index].name}",
             unit="row",
             disable=trainer.progress_bar_callback is None or not trainer.is_global_zero,
@@ -203,7 +204,7 @@ class AttributionCallback(Callback):
                 self._model(pl_module),
                 self._parameter_names(pl_module),
                 self._samples(trainer, pl_module, index),
-                self.num_samples,
+                num_samples,
                 batch_size=self.batch_size or trainer.datamodule.batch_size,  # type: ignore[attr-defined]
                 per_sample=self.per_sample,
                 config=self.config,

@@ -30,7 +30,10 @@ from agcl.plots import (
 
 _OF_THE_FORMAT = ("format", "format_version", "bits", "agcl_version")
 _OF_THE_TASK = ("task", "tasks", "merged")
-_SETTINGS = ("model", "estimator", "rule", "score", "sign", "normalisation", "scope", "quantile", "top_k", "alpha")
+_SETTINGS = (
+    *("model", "estimator", "rule", "score", "sign"),
+    *("normalisation", "scope", "quantile", "top_k", "top_k_method", "alpha"),
+)
 
 
 def show(file: Path, *, figure: Path | None = None, overwrite: bool = False) -> None:

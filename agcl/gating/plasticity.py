@@ -8,7 +8,8 @@ from torch import Tensor
 from ..errors import AgclError
 
 FIXED_POINT = {torch.uint8: 255, torch.uint16: 65535}  # importance is value / this; as in agcl.attribution.importance
-_CPU_CHUNK, _DEVICE_CHUNK = 2**20, 2**24  # entries: temporaries stay in cache; few kernel launches
+# Entries: per thread, so that temporaries stay in its cache; few kernel launches.
+_CPU_CHUNK, _DEVICE_CHUNK = 2**16, 2**24
 
 
 @torch.no_grad()
@@ -36,11 +37,10 @@ def scaled_gradient(gradient: Tensor, importance: Tensor, strength: float) -> Te
         return (gradient * _plasticity(importance, strength, dtype)).to(gradient.dtype)
     result = torch.empty_like(gradient)
     for result_piece, gradient_piece, importance_piece in _chunks(result, gradient, importance):
-        plasticity = _plasticity(importance_piece, strength, dtype)
         if result.dtype == dtype:
-            torch.mul(gradient_piece, plasticity, out=result_piece)
+            _plasticity(importance_piece, strength, dtype, out=result_piece).mul_(gradient_piece)
         else:
-            result_piece.copy_(plasticity.mul_(gradient_piece))
+            result_piece.copy_(_plasticity(importance_piece, strength, dtype).mul_(gradient_piece))
     return result
 
 
@@ -75,16 +75,20 @@ def _as_float(importance: Tensor, dtype: torch.dtype) -> Tensor:
     return importance.to(dtype) if num_levels is None else importance.to(dtype).mul_(1 / num_levels)
 
 
-def _plasticity(importance: Tensor, strength: float, dtype: torch.dtype) -> Tensor:
-    """(1 - importance) ** strength in fresh memory; exactly 0 and 1 at the ends."""
+def _plasticity(importance: Tensor, strength: float, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """(1 - importance) ** strength in ``out`` or fresh memory; exactly 0 and 1 at the ends."""
+    if out is None:
+        out = torch.empty_like(importance, dtype=dtype)
     num_levels = FIXED_POINT.get(importance.dtype)
     if num_levels is None:
-        return (1 - importance.to(dtype)).pow_(strength)
+        return torch.sub(1, importance.to(dtype), out=out).pow_(strength)
     if strength == 1:
-        return importance.to(dtype).neg_().add_(num_levels).div_(num_levels)
+        if importance.dtype == torch.uint8:
+            return out.copy_(importance.bitwise_not()).div_(num_levels)  # num_levels - level, while it is one byte
+        return out.copy_(importance).neg_().add_(num_levels).div_(num_levels)
     # Looked up, several times as fast as a power per entry.
     levels = _plasticity_levels(importance.dtype, strength, dtype, importance.device)
-    return levels.index_select(0, importance.reshape(-1).int()).view(importance.shape)
+    return out.copy_(levels.index_select(0, importance.reshape(-1).int()).view(importance.shape))
 
 
 def _plasticity_levels(kind: torch.dtype, strength: float, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -100,7 +104,7 @@ def _working_dtype(tensor: Tensor) -> torch.dtype:
 def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Matching views of tensors of one shape; flat pieces, or groups of rows where one of them is not contiguous."""
     first = tensors[0]
-    size = _CPU_CHUNK if first.device.type == "cpu" else _DEVICE_CHUNK
+    size = _CPU_CHUNK * torch.get_num_threads() if first.device.type == "cpu" else _DEVICE_CHUNK
     if all(tensor.is_contiguous() for tensor in tensors):
         tensors = tuple(tensor.view(-1) for tensor in tensors)
     else:

@@ -280,3 +280,21 @@ def test_wrong_answers_are_skipped_and_the_model_is_left_alone(name):
     nothing = e.Evidence(model, list(found), wrong, 3, batch_size=2, config=ImportanceConfig())
     assert getattr(e, name)().scores(nothing) == {}
     before.assert_untouched()
+
+
+@pytest.mark.parametrize("per_sample", [True, False])
+def test_blocks_are_cut_for_the_draws_to_come(per_sample):
+    """Four samples in batches of two: four draws, or two sums."""
+    model = tiny_llama()
+    samples = [*known_samples(model), *known_samples(model, 1)]
+    config = ImportanceConfig(top_k=2, top_k_method="blocks")
+    found = e.GradientWeight().scores(evidence_for(model, samples, per_sample=per_sample, config=config))
+    weights = {n: p.detach() for n, p in model.named_parameters()}
+    values = [gradients(model, sample, chosen) for sample in samples]
+    for key, score in found.items():
+        first, second, third, fourth = (weights[key] * value[key] for value in values)
+        if per_sample:
+            expected = (first.abs().maximum(second.abs()) + third.abs().maximum(fourth.abs())) / 2
+        else:
+            expected = ((first + second).abs() + (third + fourth).abs()) / 2
+        torch.testing.assert_close(score, expected.float(), rtol=2**-7, atol=1e-6)

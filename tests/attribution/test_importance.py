@@ -1,4 +1,6 @@
 import math
+from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -46,7 +48,7 @@ def reference_scores(relevances, config):
 @pytest.mark.parametrize("normalisation", ["log", "quantile"])
 def test_aggregation_equals_the_naive_reference(monkeypatch, num_samples, top_k, sign, normalisation):
     monkeypatch.setattr(module, "_CPU_CHUNK", 8)  # several chunks and a ragged one
-    config = ImportanceConfig(sign=sign, normalisation=normalisation, top_k=top_k)
+    config = ImportanceConfig(sign=sign, normalisation=normalisation, top_k=top_k, top_k_method="exact")
     relevances = samples(num_samples, scale=1e-9)  # float16 would flush unscaled relevance of this size to zero
     aggregator = SampleAggregator(config)
     for index, sample in enumerate(relevances):
@@ -69,11 +71,91 @@ def test_aggregation_equals_the_naive_reference(monkeypatch, num_samples, top_k,
 
 
 def test_top_k_mean_of_negative_relevance_is_not_padded_with_zeros():
-    aggregator = SampleAggregator(ImportanceConfig(sign="positive", top_k=8))
+    aggregator = SampleAggregator(ImportanceConfig(sign="positive", top_k=8, top_k_method="exact"))
     for value in (4.0, -2.0):
         aggregator.update("weight", torch.tensor([value, -1.0]))
     # (4 - 2) / 2, not 4 / 1 or 2 / 8; a negative mean is clipped.
     assert aggregator.pop("weight").tolist() == [1.0, 0.0]
+
+
+def aggregated(relevances, num_planned, **options):
+    aggregator = SampleAggregator(ImportanceConfig(**options), num_planned)
+    for sample in relevances:
+        for name, relevance in sample.items():
+            aggregator.update(name, relevance)
+    return aggregator.aggregate()
+
+
+@pytest.mark.parametrize("lengths", [(2,) * 8, (3, 3), (2, 1, 2), (4, 3, 4, 3), (1, 1, 2), (6,), (1,) * 5])
+@pytest.mark.parametrize("sign", ["positive", "absolute"])
+@pytest.mark.parametrize("normalisation", ["log", "quantile"])
+def test_blocks_equal_the_mean_of_block_maxima(monkeypatch, lengths, sign, normalisation):
+    monkeypatch.setattr(module, "_CPU_CHUNK", 8)
+    num_samples, top_k = sum(lengths), len(lengths)
+    cuts = [-(-block * num_samples // top_k) for block in range(top_k + 1)]
+    assert sorted(np.diff(cuts)) == sorted(lengths)
+    relevances = samples(num_samples, scale=1e-9)
+    options = {"sign": sign, "normalisation": normalisation}
+    found = aggregated(relevances, num_samples, top_k=top_k, top_k_method="blocks", **options)
+    for name, score in found.items():
+        values = np.stack([sample[name].double().numpy() for sample in relevances])
+        if normalisation == "log":
+            values = np.stack([log_scale(sample[name]).double().numpy() for sample in relevances])
+        values = np.abs(values) if sign == "absolute" else values
+        maxima = [values[start:end].max(0) for start, end in pairwise(cuts)]
+        expected = np.clip(np.mean(maxima, axis=0), 0, None)
+        bound = 2**-11 if normalisation == "log" else 2**-8 * np.abs(values).max()
+        np.testing.assert_allclose(score.numpy(), expected, rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize("sign", ["positive", "absolute"])
+@pytest.mark.parametrize("num_samples", [1, 5, 16])
+def test_limits_of_blocks(sign, num_samples):
+    relevances = samples(num_samples)
+    everything = aggregated(relevances, None, sign=sign)
+    for top_k in (num_samples, num_samples + 3):
+        found = aggregated(relevances, num_samples, sign=sign, top_k=top_k, top_k_method="blocks")
+        assert all(torch.equal(found[name], everything[name]) for name in SHAPES)
+    largest = aggregated(relevances, None, sign=sign, top_k=1, top_k_method="exact")
+    for num_planned in (2, num_samples + 1, 2 * num_samples):  # fewer and more than there are
+        found = aggregated(relevances, num_planned, sign=sign, top_k=1, top_k_method="blocks")
+        assert all(torch.equal(found[name], largest[name]) for name in SHAPES)
+
+
+@pytest.mark.parametrize("num_planned", [16, 23, 40])
+@pytest.mark.parametrize("num_samples", [1, 3, 8, 13, 16, 40])
+def test_blocks_are_never_above_the_exact_mean(num_planned, num_samples):
+    """However many samples turn out to come; and, with as many as planned, not below the plain mean either."""
+    relevances = samples(num_samples)
+    exact = aggregated(relevances, None, top_k=8, top_k_method="exact")
+    blocks = aggregated(relevances, num_planned, top_k=8, top_k_method="blocks")
+    mean = aggregated(relevances, None)
+    for name in SHAPES:
+        assert (blocks[name] <= exact[name] * (1 + 2**-7)).all()
+        assert (blocks[name] > 0).all()
+        if num_planned == num_samples == 16:
+            assert (blocks[name] >= mean[name] * (1 - 2**-7)).all()
+
+
+def test_blocks_missed_by_an_expert_count_as_zero():
+    aggregator = SampleAggregator(ImportanceConfig(top_k=4, top_k_method="blocks"), num_planned=8)
+    for index in range(8):
+        aggregator.update("always", torch.ones(1))
+        if index % 2:
+            aggregator.update("expert", torch.tensor([float(index)]))
+        if index == 4:
+            aggregator.update("seldom", torch.tensor([3.0]))
+    assert aggregator.num_samples == 8
+    assert aggregator.pop("always").item() == 1.0
+    assert aggregator.pop("expert").item() == (3 + 7) / 4  # values 1, 3 | 5, 7; exact: 4
+    assert aggregator.pop("seldom").item() == 3.0
+
+
+def test_blocks_must_know_how_many_samples_come():
+    for num_planned in (None, 0):
+        with pytest.raises(AgclError, match=f"`num_planned` is {num_planned}; `top_k_method` 'blocks' needs"):
+            SampleAggregator(ImportanceConfig(top_k=2), num_planned)
+    SampleAggregator(ImportanceConfig())
 
 
 def test_mean_counts_a_parameter_that_a_sample_missed_as_zero():
@@ -89,11 +171,12 @@ def test_mean_counts_a_parameter_that_a_sample_missed_as_zero():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_aggregator_takes_other_dtypes_and_strides(dtype):
     relevance = torch.randn(4, 6).to(dtype).T
-    for config in (ImportanceConfig.paper(), ImportanceConfig(), ImportanceConfig(top_k=2)):
-        aggregator = SampleAggregator(config)
-        aggregator.update("weight", relevance)
-        plain = SampleAggregator(config)
-        plain.update("weight", relevance.float().contiguous())
+    blocks = ImportanceConfig(top_k=2)
+    for config in (ImportanceConfig.paper(), ImportanceConfig(), replace(blocks, top_k_method="exact"), blocks):
+        aggregator, plain = (SampleAggregator(config, num_planned=4) for _ in range(2))
+        for factor in (1, -2, 4, 0.5):
+            aggregator.update("weight", factor * relevance)
+            plain.update("weight", factor * relevance.float().contiguous())
         torch.testing.assert_close(aggregator.pop("weight"), plain.pop("weight"), rtol=1e-3, atol=1e-3)
 
 
@@ -227,6 +310,7 @@ def test_fixed_point_is_within_half_a_step_and_exact_at_the_ends():
         ("quantile", 1.0, "between 0 and 1"),
         ("quantile", math.nan, "between 0 and 1"),
         ("top_k", 0, ">= 1"),
+        ("top_k_method", "approximate", "'exact', 'blocks'"),
         ("alpha", 0.0, "above 0"),
     ],
 )
@@ -238,6 +322,7 @@ def test_config_names_option_and_allowed_values(option, value, allowed):
 def test_config_of_the_paper():
     paper = ImportanceConfig.paper()
     assert (paper.sign, paper.normalisation, paper.top_k) == ("positive", "log", 8)
+    assert paper.top_k_method == "exact"
 
 
 def test_scope_layer_compares_within_each_block():

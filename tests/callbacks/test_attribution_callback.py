@@ -33,6 +33,23 @@ def fit(folder, files, run_dir, *callbacks, optimizer=None, **trainer_options):
     return model, data, boundaries.weights
 
 
+class Asked(Magnitude):
+    """Keeps what it was asked for."""
+
+    def __init__(self):
+        self._num_samples = []
+
+    def scores(self, evidence):
+        self._num_samples.append(evidence.num_samples)
+        return super().scores(evidence)
+
+
+def test_no_more_samples_are_planned_than_the_task_has(llama_folder, task_files, tmp_path):
+    estimator = Asked()
+    fit(llama_folder, task_files[:1], tmp_path, attribution(num_samples=100, estimator=estimator))
+    assert estimator._num_samples == [4]
+
+
 @pytest.mark.parametrize("score", ["relevance", "sensitivity"])
 def test_importance_is_the_tasks_mean_score(llama_folder, task_files, tmp_path, knowing, score):
     callback = attribution(num_samples=4, estimator=LRP(score=score), importance=ImportanceConfig(quantile=0.5))

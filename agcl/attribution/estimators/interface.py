@@ -1,5 +1,6 @@
 """What an estimator of importance is: from a model and samples of a task to one score per weight."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -40,6 +41,11 @@ class Evidence:
     only_correct: bool = True
     on_progress: Callable[[int], None] = lambda count: None
     num_used: int = 0
+
+    @property
+    def num_draws(self) -> int:
+        """How many draws the scores will be aggregated over, if nothing is answered wrongly."""
+        return self.num_samples if self.per_sample else math.ceil(self.num_samples / self.batch_size)
 
     def selected(self) -> dict[str, nn.Parameter]:
         """Name -> parameter of those to score, in the model's order."""

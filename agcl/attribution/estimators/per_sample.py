@@ -43,7 +43,7 @@ class PerSampleGradient(Estimator):
 
     def scores(self, evidence: Evidence) -> dict[str, Tensor]:
         """See :meth:`Estimator.scores`."""
-        aggregator = SampleAggregator(evidence.config)
+        aggregator = SampleAggregator(evidence.config, evidence.num_draws)
 
         def consume(name: str, parameter: nn.Parameter, gradient: Tensor) -> None:
             aggregator.update(name, self.score(parameter.detach(), gradient))
