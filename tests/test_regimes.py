@@ -31,6 +31,7 @@ class Recorder(Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if trainer.global_step == self.crash_at:
             raise CrashError
+        assert trainer.num_training_batches == trainer.datamodule.num_batches(trainer.current_epoch)
         self.batches.append({name: v.clone() if isinstance(v, torch.Tensor) else v for name, v in batch.items()})
         self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
 
