@@ -118,7 +118,7 @@ def mean_nll(model: Any, windows: Tensor, batch_size: int) -> float:
         labels = input_ids.clone()
         labels[:, 0] = IGNORED_LABEL
         batch = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "labels": labels}
-        total += token_nll(*answer_logits(model, batch)).double().sum().item()
+        total += token_nll(*answer_logits(model, batch)).sum().item()
     return total / windows[:, 1:].numel()
 
 

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from agcl.data.tasks import BUILTIN_FOLDER
 from agcl.errors import AgclError
+
+BUILTIN_FOLDER = Path(__file__).parent / "builtin"
 
 
 def load_text(source: str) -> str:
