@@ -16,9 +16,11 @@ _HOMES = {
     "ContinualLM": "agcl.module",
     "ContinualMonitor": "agcl.callbacks",
     "ContinualReport": "agcl.callbacks",
+    "GeneralAbility": "agcl.callbacks",
     "GradientGate": "agcl.gating",
     "ImportanceConfig": "agcl.attribution",
     "Probe": "agcl.data.tasks",
+    "Replay": "agcl.data.replay",
     "Task": "agcl.data.tasks",
     "TaskProgressBar": "agcl.callbacks",
     "UnsupportedModelError": "agcl.errors",
@@ -35,9 +37,11 @@ __all__ = [
     "ContinualLM",
     "ContinualMonitor",
     "ContinualReport",
+    "GeneralAbility",
     "GradientGate",
     "ImportanceConfig",
     "Probe",
+    "Replay",
     "Task",
     "TaskProgressBar",
     "UnsupportedModelError",
@@ -50,8 +54,9 @@ __all__ = [
 
 if TYPE_CHECKING:
     from agcl.attribution import ImportanceConfig, lrp_rules, parameter_relevance
-    from agcl.callbacks import AttributionCallback, ContinualMonitor, ContinualReport, TaskProgressBar
+    from agcl.callbacks import AttributionCallback, ContinualMonitor, ContinualReport, GeneralAbility, TaskProgressBar
     from agcl.data.datamodule import ContinualDataModule
+    from agcl.data.replay import Replay
     from agcl.data.tasks import Probe, Task
     from agcl.errors import AgclError, UnsupportedModelError
     from agcl.gating import GradientGate, UpdateGate

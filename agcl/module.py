@@ -308,9 +308,10 @@ class ContinualLM(LightningModule):
                 f"The checkpoint was saved while learning the tasks {saved['tasks']} (name, epochs), but the "
                 f"configuration declares {self._task_epochs()}. Resume with the configuration that it was saved with."
             )
-        if saved["regime"] != self.tasks.regime:
+        regime = saved.get("regime", "sequential")
+        if regime != self.tasks.regime:
             raise AgclError(
-                f"The checkpoint was saved with `regime: {saved['regime']}`, but the configuration says "
+                f"The checkpoint was saved with `regime: {regime}`, but the configuration says "
                 f"`{self.tasks.regime}`. Resume with the configuration that it was saved with."
             )
         for name, scores in saved["scores"].items():

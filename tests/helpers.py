@@ -16,10 +16,10 @@ from agcl.module import ContinualLM
 EPOCHS = 3
 
 
-def tasks(files, **options):
+def tasks(files, epochs=(EPOCHS,) * 3, **options):
     return [
-        Task(**{"name": f"task{i}", "source": str(f), "test_split": "train", "epochs": EPOCHS, **options})
-        for i, f in enumerate(files)
+        Task(**{"name": f"task{i}", "source": str(f), "test_split": "train", "epochs": e, **options})
+        for i, (f, e) in enumerate(zip(files, epochs, strict=False))
     ]
 
 

@@ -58,6 +58,40 @@ def test_tensorboard_holds_scalars_pictures_and_histograms(finished_run):
     assert "score_matrix" in board.Tags()["images"]
 
 
+def run_in_process(monkeypatch, folder, files, run_dir, **overrides):
+    monkeypatch.setattr(sys, "argv", ["agcl"])
+    path = write_config(folder, files, run_dir, trainer__callbacks=[], **overrides)
+    main(["fit", "--config", str(path)])
+    return json.loads((run_dir / "run" / "version_0" / "scores.json").read_text())
+
+
+def test_joint_training_from_the_command_line(llama_folder, task_files, tmp_path, monkeypatch, capsys):
+    epochs = {f"data__tasks__{index}__epochs": index + 1 for index in range(3)}
+    results = run_in_process(monkeypatch, llama_folder, task_files, tmp_path, data__regime="joint", **epochs)
+    assert [None in row for row in results["scores"]] == [False, True, True, False]
+    output = "".join(capsys.readouterr())
+    assert "3 tasks together, epoch 3/3" in output
+    assert "undefined" in output
+    board = EventAccumulator(str(tmp_path / "run" / "version_0")).Reload()
+    assert "train/joint/loss" in board.Tags()["scalars"]
+
+
+def test_data_options_from_the_command_line(llama_folder, task_files, tmp_path, monkeypatch):
+    epochs = {f"data__tasks__{index}__epochs": 1 for index in range(3)}
+    results = run_in_process(
+        monkeypatch,
+        llama_folder,
+        task_files,
+        tmp_path,
+        data__order=["task1", "task2", "task0"],
+        data__replay={"share": 0.5, "buffer_size": 2},
+        data__evaluate_on="validation",
+        **{f"data__tasks__{index}__validation_split": "train[:2]" for index in range(3)},
+        **epochs,
+    )
+    assert results["tasks"] == ["task1", "task2", "task0"]
+
+
 BAD = [
     ({"data__tasks__0__source": "/nowhere.jsonl"}, "Task `task0`: the file /nowhere.jsonl does not exist"),
     ({"data__tasks__0__prompt": "{question}"}, "Task `task0`: there is no column `question`"),
@@ -66,6 +100,10 @@ BAD = [
     ({"data__tasks__1__metric": "label_ranking", "data__tasks__1__labels": ["a"]}, "which is not among `labels` (a)"),
     ({"data__max_length": 5}, "more than the 5 allowed"),
     ({"data__max_length": 5000}, "`max_length` is 5000, but the model's context has 64 tokens"),
+    ({"data__order": ["task0", "task1"]}, "`order` leaves out task2"),
+    ({"data__replay": {"share": -1.0}}, "`replay.share` is -1.0"),
+    ({"data__evaluate_on": "validation"}, "Task `task0` declares no `validation_split`"),
+    ({"data__regime": "joint"}, "`regime: joint` has neither. Leave it out"),
     ({"model__model_name_or_path": "/nowhere"}, "could be loaded from `/nowhere`"),
     ({"model__model_name_or_path": "builtin:nothing"}, "There is no built-in model `nothing`"),
     ({"trainer__callbacks__0__init_args__strength": -1.0}, "strength"),

@@ -22,8 +22,17 @@ def test_two_processes_score_each_row_once(llama_folder, task_files, tmp_path):
     results = []
     for name, options in (("one", ()), ("two", ("--trainer.strategy", "ddp", "--trainer.devices", "2"))):
         (tmp_path / name).mkdir()
-        run(write_config(llama_folder, [odd, task_files[1]], tmp_path / name), *options)
+        callbacks = [
+            {"class_path": "agcl.AttributionCallback", "init_args": {"num_samples": 2}},
+            {"class_path": "agcl.GeneralAbility", "init_args": {"num_windows": 3, "window_tokens": 32}},
+        ]
+        run(
+            write_config(llama_folder, [odd, task_files[1]], tmp_path / name, trainer__callbacks=callbacks),
+            *options,
+        )
         results.append(json.loads((tmp_path / name / "run" / "version_0" / "scores.json").read_text()))
     one, two = results
     assert two["nll"][0] == pytest.approx(one["nll"][0], rel=1e-5)  # of the untrained model
+    assert two["general_ability"]["nll"][0] == pytest.approx(one["general_ability"]["nll"][0], rel=1e-5)
+    assert None not in two["general_ability"]["nll"]
     assert all(value is not None for row in two["scores"] for value in row)

@@ -17,7 +17,7 @@ from agcl.data.tasks import IGNORED_LABEL
 from agcl.errors import AgclError
 from agcl.schedules import WarmupDecay
 
-OTHER_EPOCHS = [1, 3, 2]  # of the three tasks
+OTHER_EPOCHS = {"epochs": [1, 3, 2]}  # of the three tasks
 JOINT = {"regime": "joint"}
 
 
@@ -31,6 +31,7 @@ class Recorder(Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if trainer.global_step == self.crash_at:
             raise CrashError
+        assert trainer.num_training_batches == trainer.datamodule.num_batches(trainer.current_epoch)
         self.batches.append({name: v.clone() if isinstance(v, torch.Tensor) else v for name, v in batch.items()})
         self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
 
@@ -41,13 +42,6 @@ class CrashError(RuntimeError):
 
 def build_joint(folder, files, **options):
     return build(folder, files, data_options=JOINT, **options)
-
-
-def set_epochs(data, epochs):
-    """Give each task epochs of its own; the sequence is made anew from them."""
-    for task, number in zip(data.tasks, epochs, strict=True):
-        task.epochs = number
-    data.tasks = type(data.tasks)(list(data.tasks), data.tasks.regime)
 
 
 def rows_of(batches):
@@ -61,8 +55,7 @@ def rows_of(batches):
 def test_joint_training_serves_each_row_as_often_as_the_sequence(llama_folder, task_files, tmp_path):
     seen = []
     for options in (JOINT, {}):
-        model, data = build(llama_folder, task_files, data_options=options)
-        set_epochs(data, OTHER_EPOCHS)
+        model, data = build(llama_folder, task_files, task_options=OTHER_EPOCHS, data_options=options)
         recorder = Recorder()
         trainer_for(data, tmp_path, [recorder]).fit(model, datamodule=data)
         seen.append(rows_of(recorder.batches))
@@ -80,8 +73,8 @@ def rows_at(data, index):
 
 def test_joint_training_equals_a_plain_loop(llama_folder, task_files, tmp_path):
     """One optimizer, one linear decay over all 12 steps (6, 4, 2 batches in epochs 0, 1, 2), on the batches served."""
-    model, data = build_joint(llama_folder, task_files, lr_scheduler=partial(WarmupDecay, warmup=0.0))
-    set_epochs(data, OTHER_EPOCHS)
+    schedule = partial(WarmupDecay, warmup=0.0)
+    model, data = build_joint(llama_folder, task_files, task_options=OTHER_EPOCHS, lr_scheduler=schedule)
     recorder = Recorder()
     trainer_for(data, tmp_path, [recorder]).fit(model, datamodule=data)
     assert len(recorder.batches) == 12
@@ -129,8 +122,8 @@ def test_joint_scores_are_taken_before_and_at_the_end(llama_folder, task_files, 
 
 
 def test_joint_schedule_counts_accumulated_and_limited_batches(llama_folder, task_files, tmp_path):
-    model, data = build_joint(llama_folder, task_files, lr_scheduler=partial(WarmupDecay, warmup=0.0))
-    set_epochs(data, OTHER_EPOCHS)
+    schedule = partial(WarmupDecay, warmup=0.0)
+    model, data = build_joint(llama_folder, task_files, task_options=OTHER_EPOCHS, lr_scheduler=schedule)
     recorder = Recorder()
     trainer = trainer_for(data, tmp_path, [recorder], accumulate_grad_batches=2, limit_train_batches=5)
     trainer.fit(model, datamodule=data)
@@ -201,7 +194,9 @@ def test_replay_lengthens_epochs_and_schedule(llama_folder, task_files, tmp_path
     options = {"replay": Replay(share=0.5)}
     model, data = build(llama_folder, task_files, data_options=options, lr_scheduler=partial(WarmupDecay, warmup=0.0))
     recorder = Recorder()
-    trainer_for(data, tmp_path, [recorder]).fit(model, datamodule=data)
+    trainer_for(data, tmp_path, [recorder, ContinualReport(save_model=False)]).fit(model, datamodule=data)
+    results = json.loads((tmp_path / "scores.json").read_text())
+    assert (results["replay"], results["evaluate_on"]) == ({"share": 0.5, "buffer_size": None}, "test")
     per_task = [2 * EPOCHS, 3 * EPOCHS, 3 * EPOCHS]  # batches of two, of 4 rows, then of 4 + 2
     expected = [0.02 * (1 - step / steps) for steps in per_task for step in range(steps)]
     assert recorder.rates == pytest.approx(expected)

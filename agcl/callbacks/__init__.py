@@ -1,8 +1,9 @@
 """Lightning callbacks that join attribution, gating and metrics to training."""
 
 from agcl.callbacks.attribution import AttributionCallback
+from agcl.callbacks.general_ability import GeneralAbility
 from agcl.callbacks.monitor import ContinualMonitor
 from agcl.callbacks.progress import TaskProgressBar
 from agcl.callbacks.report import ContinualReport
 
-__all__ = ["AttributionCallback", "ContinualMonitor", "ContinualReport", "TaskProgressBar"]
+__all__ = ["AttributionCallback", "ContinualMonitor", "ContinualReport", "GeneralAbility", "TaskProgressBar"]

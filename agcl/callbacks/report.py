@@ -90,7 +90,10 @@ class ContinualReport(Callback):
 
 
 def collect_results(trainer: Trainer, pl_module: Any) -> dict[str, Any]:
-    """Score matrices (rows: before training, then after each task), metrics, tasks and versions, as plain values."""
+    """Score matrices (rows: before training, then after each task), metrics, tasks and versions, as plain values.
+
+    The data module and any callback may add to them by a method ``results() -> dict[str, Any]``, called on all ranks.
+    """
     matrices = {name: _rows(matrix.compute()) for name, matrix in pl_module.score_matrices.items()}
     results = {
         "regime": pl_module.tasks.regime,
@@ -112,7 +115,7 @@ def collect_results(trainer: Trainer, pl_module: Any) -> dict[str, Any]:
         },
     }
     for part in (trainer.datamodule, *trainer.callbacks):  # type: ignore[attr-defined]
-        if hasattr(part, "results"):
+        if callable(getattr(part, "results", None)):
             results |= part.results()
     return results
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from functools import partial
 from itertools import islice
 from typing import Any, Literal
@@ -213,7 +214,7 @@ class ContinualDataModule(LightningDataModule):
         return rows.select(torch.randperm(len(rows), generator=generator)[:count].tolist())
 
     def rows_at(self, epoch: int) -> Dataset:
-        """Rows that a training epoch serves, its task's (or tasks'), then those it replays."""
+        """Rows that a training epoch serves: those of its task (under ``joint``, tasks), then those it replays."""
         return concatenate_datasets(self._parts_at(epoch))
 
     def _parts_at(self, epoch: int) -> list[Dataset]:
@@ -239,6 +240,10 @@ class ContinualDataModule(LightningDataModule):
         """Size of the rows kept of old tasks at present, in bytes as Arrow stores them."""
         epoch = 0 if self.trainer is None else self.trainer.current_epoch
         return sum(rows.with_format("arrow")[:].nbytes for rows in self._replay_buffer(self.tasks.index_at(epoch)))
+
+    def results(self) -> dict[str, Any]:
+        """What the scores of a run are of, for ``scores.json``."""
+        return {"evaluate_on": self.evaluate_on, "replay": None if self.replay is None else asdict(self.replay)}
 
     def num_batches(self, epoch: int) -> int:
         """Training batches of any epoch on each device, ``limit_train_batches`` of the Trainer included."""

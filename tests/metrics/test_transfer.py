@@ -129,6 +129,15 @@ def test_a_long_title_stays_inside_and_keeps_names_with_their_numbers(num_tasks)
     assert [part for line in lines for part in line.rstrip(",").split(", ")] == parts
 
 
+def test_joint_training_is_drawn_as_before_and_after():
+    matrix = MATRIX.clone()
+    matrix[1:-1] = torch.nan
+    _, axes = plot_score_matrix(matrix, ["a", "b", "c"])
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["before training", "after joint training"]
+    assert [text.get_text() for text in axes.texts] == ["0.10", "0.20", "0.30", "0.75", "0.40", "0.95"]
+    assert {text.get_fontweight() for text in axes.texts} == {"normal"}
+
+
 def test_a_matrix_can_be_drawn_on_given_axes():
     figure = Figure()
     left, right = figure.subplots(1, 2)

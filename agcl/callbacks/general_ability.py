@@ -1,0 +1,126 @@
+"""What learning the tasks does to what the model could do before: its likelihood of ordinary text."""
+
+import math
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+
+from agcl.data.tasks import IGNORED_LABEL
+from agcl.data.text import load_text, text_windows
+from agcl.errors import AgclError
+from agcl.scoring import answer_logits, token_nll
+
+
+class GeneralAbility(Callback):
+    """Measures the mean negative log-likelihood per token of ordinary text, whenever the tasks are scored.
+
+    That is before any training and after each task. It is logged as ``general/nll`` (nats) and ``general/perplexity``
+    (its exponential). ``scores.json`` gets ``general_ability``: ``nll`` in the order of the score matrix's rows, and
+    ``forgetting``, the last one minus the one before training: more is worse. Every process measures all of it.
+
+    Args:
+        source: ``builtin:text/alice`` ("Alice's Adventures in Wonderland"), or a text file of one's own in UTF-8.
+        num_windows: Number of windows, spread evenly over the text. Each is read without what stands before it.
+        window_tokens: Tokens of text in a window.
+        batch_size: Windows that are run together.
+
+    Raises:
+        AgclError: At the start of fitting, before any training: no such text, one that is too short, or windows longer
+            than the model's context.
+    """
+
+    def __init__(
+        self,
+        source: str = "builtin:text/alice",
+        num_windows: int = 32,
+        window_tokens: int = 256,
+        batch_size: int = 4,
+    ) -> None:
+        for name, value, least in (
+            ("num_windows", num_windows, 1),
+            ("window_tokens", window_tokens, 2),
+            ("batch_size", batch_size, 1),
+        ):
+            if value < least:
+                raise AgclError(f"`{name}` is {value}; give at least {least}.")
+        self.source = source
+        self.num_windows = num_windows
+        self.window_tokens = window_tokens
+        self.batch_size = batch_size
+        self._num_tasks = 0
+        self._nll: dict[int, float] = {}
+        """Number of tasks learned -> nats per token."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Read the text and cut it into windows."""
+        self._num_tasks = len(pl_module.tasks)
+        self._windows = text_windows(load_text(self.source), pl_module.tokenizer, self.num_windows, self.window_tokens)
+        length = self._windows.shape[1]
+        context = getattr(pl_module.model.config, "max_position_embeddings", None)
+        if context is not None and length > context:
+            raise AgclError(
+                f"GeneralAbility: windows of {length} tokens are longer than the model's context, which has {context}: "
+                "choose a lower `window_tokens`."
+            )
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Measure beside the scoring of the tasks."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            if trainer.sanity_checking:  # before any training: what a former run left does not count
+                self._nll = {}
+            self._measure(trainer, pl_module, pl_module.num_learned)
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """On resuming: make up for a measurement that did not take place."""
+        completed = pl_module.tasks.num_completed(trainer.current_epoch)
+        if completed and completed not in self._nll:
+            # From a checkpoint of an epoch's last batch, Lightning goes on with the next epoch without validating.
+            pl_module.eval()
+            self._measure(trainer, pl_module, completed)
+            pl_module.train()
+
+    def _measure(self, trainer: Trainer, pl_module: Any, num_learned: int) -> None:
+        with torch.no_grad(), trainer.precision_plugin.forward_context():
+            nll = mean_nll(pl_module.model, self._windows.to(pl_module.device), self.batch_size)
+        self._nll[num_learned] = nll
+        for logger in trainer.loggers:  # not self.log, which neither sanity checking nor a resumed run's start allows
+            perplexity = torch.tensor(nll).exp().item()
+            logger.log_metrics({"general/nll": nll, "general/perplexity": perplexity}, step=trainer.global_step)
+
+    def results(self) -> dict[str, Any]:
+        """``general_ability`` for the run's results; null is what was not measured."""
+        nll = [self._nll.get(num_learned, math.nan) for num_learned in range(self._num_tasks + 1)]
+        forgetting = self._nll[max(self._nll)] - nll[0] if len(self._nll) > 1 else math.nan
+        return {"general_ability": {"nll": [_number(value) for value in nll], "forgetting": _number(forgetting)}}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What has been measured."""
+        return {"nll": dict(self._nll)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` gave."""
+        self._nll = dict(state_dict["nll"])
+
+
+def mean_nll(model: Any, windows: Tensor, batch_size: int) -> float:
+    """Mean negative log-likelihood, in nats, of each token but a window's first, given those before it in the window.
+
+    Args:
+        model: A causal language model, or a PEFT model around one, in evaluation mode.
+        windows: Token ids, int64, shape ``(num_windows, length)``, on the model's device.
+        batch_size: Windows that are run together.
+    """
+    total = 0.0
+    for input_ids in windows.split(batch_size):
+        labels = input_ids.clone()
+        labels[:, 0] = IGNORED_LABEL
+        batch = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "labels": labels}
+        total += token_nll(*answer_logits(model, batch)).sum().item()
+    return total / windows[:, 1:].numel()
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
