@@ -60,6 +60,8 @@ def test_tensorboard_holds_scalars_pictures_and_histograms(finished_run):
 
 BAD = [
     ({"data__tasks__0__source": "/nowhere.jsonl"}, "Task `task0`: the file /nowhere.jsonl does not exist"),
+    ({"data__data_dir": "/nowhere"}, "`data_dir` is /nowhere, which is not a folder"),
+    ({"data__data_dir": "/", "data__tasks__0__source": "no.jsonl"}, "Task `task0`: the file /no.jsonl does not exist"),
     ({"data__tasks__0__prompt": "{question}"}, "Task `task0`: there is no column `question`"),
     ({"data__tasks__1__test_split": "train[9:]"}, "Task `task1`: split `train[9:]` of"),
     ({"data__tasks__1__name": "task0"}, "Two tasks are named `task0`"),

@@ -12,6 +12,7 @@ from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch.utils.data import DataLoader
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from agcl.data.sources import in_folder
 from agcl.data.tasks import IGNORED_LABEL, AnswerEncoder, Task, TaskSequence, collate
 from agcl.errors import AgclError
 from agcl.models import load_config, load_tokenizer
@@ -55,6 +56,7 @@ class ContinualDataModule(LightningDataModule):
         truncation: ``error`` refuses a longer row before training; ``left`` cuts the beginning of its prompt.
         num_workers: Worker processes of each data loader.
         seed: Order of the training rows.
+        data_dir: Folder that the tasks' relative files are taken from; the working directory if left out.
         trust_remote_code: Run tokenizer code that comes with the checkpoint.
 
     Raises:
@@ -72,9 +74,12 @@ class ContinualDataModule(LightningDataModule):
         truncation: Literal["error", "left"] = "error",
         num_workers: int = 0,
         seed: int = 0,
+        data_dir: str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
+        if data_dir is not None:
+            tasks = [in_folder(task, data_dir) for task in tasks]
         self.tasks = TaskSequence(tasks)
         self.model_name_or_path = model_name_or_path
         self.gguf_file = gguf_file

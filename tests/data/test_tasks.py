@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import character_tokenizer, write_rows
 
+from agcl.data.sources import in_folder
 from agcl.data.tasks import AnswerEncoder, Probe, Task, TaskSequence, collate, load_rows
 from agcl.errors import AgclError
 
@@ -166,3 +167,59 @@ def test_probes_default_to_the_tasks_own_rows_and_prompt():
         ("a", Probe("train", "{prompt}")),
         ("b", Probe("test", "{other}")),
     ]
+
+
+NUMBERED = [{"prompt": str(i), "answer": "x", "part": i % 3} for i in range(12)]
+
+
+@pytest.mark.parametrize(
+    ("where", "split", "expected"),
+    [
+        ({"part": 1}, "train", ["1", "4", "7", "10"]),
+        ({"part": 1}, "train[:2]", ["1", "4"]),  # of the rows that fulfil it, not of all
+        ({"part": 1}, "train[50%:]", ["7", "10"]),
+        ({"part": 1}, "train[:1]+train[-1:]", ["1", "10"]),
+        ({"part": [0, 2], "prompt": ["0", "1", "2"]}, "train", ["0", "2"]),
+        ({}, "train[:2]", ["0", "1"]),
+    ],
+)
+def test_where_comes_before_slices(tmp_path, where, split, expected):
+    path = write_rows(tmp_path / "rows.jsonl", NUMBERED)
+    assert load_rows(Task(name="t", source=str(path), where=where), split, [])["prompt"] == expected
+
+
+def test_where_that_nothing_fulfils_is_refused(tmp_path):
+    path = str(write_rows(tmp_path / "rows.jsonl", NUMBERED))
+    with pytest.raises(AgclError, match="`where` names a column `chapter`"):
+        load_rows(Task(name="t", source=path, where={"chapter": 1}), "train", [])
+    with pytest.raises(AgclError, match="is empty"):
+        load_rows(Task(name="t", source=path, where={"part": 9}), "train", [])
+
+
+def test_rows_without_text_may_be_dropped(tmp_path):
+    rows = [{"prompt": "a", "answer": "b"}, {"prompt": "c", "answer": " "}, {"prompt": None, "answer": "d"}]
+    path = str(write_rows(tmp_path / "rows.jsonl", rows))
+    assert load_rows(Task(name="t", source=path, drop_empty=True), "train", ["prompt", "answer"])["prompt"] == ["a"]
+
+
+def test_relative_files_come_from_the_folder(tmp_path):
+    task = Task(name="t", source={"train": "a/b.jsonl", "test": "/c.csv"})
+    assert in_folder(task, str(tmp_path)).source == {"train": f"{tmp_path}/a/b.jsonl", "test": "/c.csv"}
+    for name in ("builtin:cldr/welsh", "owner/data", "~/rows.csv"):
+        assert in_folder(Task(name="t", source=name), str(tmp_path)).source == name
+    with pytest.raises(AgclError, match="`data_dir` is /nowhere, which is not a folder"):
+        in_folder(task, "/nowhere")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": 0}, "`max_new_tokens` is 0"),
+        ({"substitutions": {"(a": "b"}}, "cannot be used"),
+        ({"substitutions": {"a": r"\2"}}, "cannot be used"),
+        ({"substitutions": {"a": "b"}, "metric": "label_accuracy", "labels": ["a"]}, "compares with `labels`"),
+    ],
+)
+def test_unusable_scoring_options_are_refused(options, message):
+    with pytest.raises(AgclError, match=message):
+        Task(name="t", source="x", **options)
