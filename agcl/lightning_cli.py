@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from agcl.callbacks import ContinualMonitor, ContinualReport, TaskProgressBar
 from agcl.data.datamodule import ContinualDataModule
+from agcl.data.sequence import Regime
 from agcl.errors import AgclError
 from agcl.module import ContinualLM
 
@@ -26,7 +27,7 @@ class AgclCLI(LightningCLI):
         """Link what would otherwise have to be written twice."""
         for name in ("model_name_or_path", "gguf_file", "trust_remote_code"):
             parser.link_arguments(f"model.{name}", f"data.{name}")
-        parser.link_arguments("data.tasks", "trainer.max_epochs", compute_fn=_total_epochs)
+        parser.link_arguments(("data.tasks", "data.regime"), "trainer.max_epochs", compute_fn=_total_epochs)
         parser.set_defaults({"trainer.reload_dataloaders_every_n_epochs": 1, "trainer.num_sanity_val_steps": -1})
 
     def before_instantiate_classes(self) -> None:
@@ -58,9 +59,10 @@ def _check_checkpoint_file(path: str | None) -> None:
         raise AgclError(f"{path} is not a checkpoint, or not a whole one: take an earlier one.")
 
 
-def _total_epochs(tasks: Sequence[Any]) -> int:
+def _total_epochs(tasks: Sequence[Any], regime: Regime) -> int:
     # During parsing a dataclass is a namespace of its class path and arguments.
-    return sum(getattr(task, "init_args", task).epochs for task in tasks)
+    epochs = [getattr(task, "init_args", task).epochs for task in tasks]
+    return max(epochs) if regime == "joint" else sum(epochs)
 
 
 def choose_precision(accelerator: str = "auto") -> str:

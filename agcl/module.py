@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from torchmetrics import MetricCollection
 
-from agcl.data.tasks import IGNORED_LABEL, TaskSequence
+from agcl.data.sequence import TaskSequence
+from agcl.data.tasks import IGNORED_LABEL
 from agcl.errors import AgclError
 from agcl.metrics import (
     AveragePerformance,
@@ -35,7 +36,8 @@ class ContinualLM(LightningModule):
     """A causal language model that learns a sequence of tasks in one ``Trainer.fit``.
 
     Each task starts with a fresh optimizer state and learning-rate schedule. All tasks are scored before any training
-    and at the end of each task, in Lightning's validation loop; ``score_matrices`` holds the results.
+    and at the end of each task, in Lightning's validation loop; ``score_matrices`` holds the results. Where the data
+    module's regime is ``joint``, "each task" is the whole run.
 
     Args:
         model_name_or_path: Hub name, local folder, or ``builtin:smollm2-135m-instruct``.
@@ -178,12 +180,15 @@ class ContinualLM(LightningModule):
         scheduler.load_state_dict(scheduler_state)  # type: ignore[union-attr]
         if isinstance(scheduler, WarmupDecay):
             # The last batch of an epoch always ends in a step, also where it does not fill an accumulation.
-            steps = math.ceil(int(self.trainer.num_training_batches) / self.trainer.accumulate_grad_batches)
-            scheduler.start(steps * self.tasks[self.task_index].epochs)
+            steps = [
+                math.ceil(self._data.num_batches(epoch) / self.trainer.accumulate_grad_batches)
+                for epoch in self.tasks.segment(self.trainer.current_epoch)
+            ]
+            scheduler.start(sum(steps))
 
     @property
     def task_index(self) -> int:
-        """0-based index of the task being learned."""
+        """0-based index of the task being learned; under ``joint``, of the first one."""
         return self.tasks.index_at(self.trainer.current_epoch)
 
     def forward(self, **inputs: Any) -> Any:
@@ -194,7 +199,7 @@ class ContinualLM(LightningModule):
         """Mean negative log-likelihood of the batch's answer tokens, in nats."""
         logits, targets = answer_logits(self.model, batch)
         loss = token_nll(logits, targets).sum() / (targets != IGNORED_LABEL).sum()
-        task = self.tasks[self.task_index].name
+        task = self.tasks.name_at(self.trainer.current_epoch)
         optimizer = self.optimizers(use_pl_optimizer=False)
         self.log("loss", loss.detach(), prog_bar=True, logger=False)
         self.log(f"train/{task}/loss", loss.detach())
@@ -255,7 +260,7 @@ class ContinualLM(LightningModule):
         """Number of tasks learned when the present scoring takes place: 0 before any training."""
         if self.trainer.sanity_checking:
             return 0
-        return self._scored_late or self.task_index + 1
+        return self._scored_late or self.tasks.num_completed(self.trainer.current_epoch + 1)
 
     def transfer(self) -> dict[str, Tensor]:
         """The five continual-learning metrics of the scores so far (scalars; NaN where undefined)."""
@@ -275,6 +280,7 @@ class ContinualLM(LightningModule):
             "random": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
             "shapes": self._shapes(),
             "tasks": self._task_epochs(),
+            "regime": self.tasks.regime,
             "task_begun": self._task_begun,
         }
 
@@ -301,6 +307,11 @@ class ContinualLM(LightningModule):
             raise AgclError(
                 f"The checkpoint was saved while learning the tasks {saved['tasks']} (name, epochs), but the "
                 f"configuration declares {self._task_epochs()}. Resume with the configuration that it was saved with."
+            )
+        if saved["regime"] != self.tasks.regime:
+            raise AgclError(
+                f"The checkpoint was saved with `regime: {saved['regime']}`, but the configuration says "
+                f"`{self.tasks.regime}`. Resume with the configuration that it was saved with."
             )
         for name, scores in saved["scores"].items():
             for num_learned, task_index in scores.isfinite().nonzero().tolist():

@@ -23,12 +23,14 @@ def tasks(files, **options):
     ]
 
 
-def build(folder: Path, files, *, optimizer=None, batch_size=2, task_options=None, **model_options):
+def build(folder: Path, files, *, optimizer=None, batch_size=2, task_options=None, data_options=None, **model_options):
     seed_everything(0, verbose=False)
     model = ContinualLM(
         str(folder), optimizer=optimizer or partial(torch.optim.AdamW, lr=0.02, weight_decay=0.1), **model_options
     )
-    data = ContinualDataModule(tasks(files, **(task_options or {})), str(folder), batch_size=batch_size)
+    data = ContinualDataModule(
+        tasks(files, **(task_options or {})), str(folder), batch_size=batch_size, **(data_options or {})
+    )
     return model, data
 
 

@@ -102,7 +102,11 @@ class AttributionCallback(Callback):
     # --------------------------------------------------------------- life cycle
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Check optimizer, parameters and architecture before anything is trained."""
+        """Check regime, optimizer, parameters and architecture before anything is trained."""
+        if pl_module.tasks.regime == "joint":
+            raise AgclError(
+                "AttributionCallback protects old tasks from new ones; `regime: joint` has neither. Leave it out."
+            )
         optimizer = self._optimizer(trainer)
         if self.gate == "gradient" and cancels_gradient_gate(optimizer):
             rank_zero_warn(

@@ -13,10 +13,12 @@ class TaskProgressBar(TQDMProgressBar):
         """Name the task and its epoch."""
         super().on_train_epoch_start(trainer, *args)
         tasks, epoch = trainer.datamodule.tasks, trainer.current_epoch  # type: ignore[attr-defined]
-        index = tasks.index_at(epoch)
+        if tasks.regime == "joint":
+            what = f"{len(tasks)} tasks together"
+        else:
+            what = f"Task {tasks.index_at(epoch) + 1}/{len(tasks)} {tasks.name_at(epoch)}"
         self.train_progress_bar.set_description(
-            f"Task {index + 1}/{len(tasks)} {tasks[index].name}, "
-            f"epoch {tasks.epoch_in_task(epoch) + 1}/{tasks[index].epochs}"
+            f"{what}, epoch {tasks.epoch_in_task(epoch) + 1}/{len(tasks.segment(epoch))}"
         )
 
     def on_validation_batch_start(

@@ -87,7 +87,8 @@ class ContinualReport(Callback):
 def collect_results(trainer: Trainer, pl_module: Any) -> dict[str, Any]:
     """Score matrices (rows: before training, then after each task), metrics, tasks and versions, as plain values."""
     matrices = {name: _rows(matrix.compute()) for name, matrix in pl_module.score_matrices.items()}
-    return {
+    results = {
+        "regime": pl_module.tasks.regime,
         "tasks": [task.name for task in pl_module.tasks],
         "task_metrics": [task.metric for task in pl_module.tasks],
         "metrics": {name: _number(value.item()) for name, value in pl_module.transfer().items()},
@@ -103,6 +104,10 @@ def collect_results(trainer: Trainer, pl_module: Any) -> dict[str, Any]:
             "lightning": lightning.__version__,
         },
     }
+    for part in (trainer.datamodule, *trainer.callbacks):  # type: ignore[attr-defined]
+        if hasattr(part, "results"):
+            results |= part.results()
+    return results
 
 
 def write_results(folder: Path, results: dict[str, Any]) -> None:
@@ -112,7 +117,7 @@ def write_results(folder: Path, results: dict[str, Any]) -> None:
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(["after", *results["tasks"]])
-    for label, row in zip(_row_labels(results["tasks"]), results["scores"], strict=True):
+    for label, row in _labelled_rows(results):
         writer.writerow([label, *("" if value is None else value for value in row)])
     _replace(folder / "scores.csv", text.getvalue().encode())
     matrix = torch.tensor([[math.nan if v is None else v for v in row] for row in results["scores"]])
@@ -128,9 +133,9 @@ def result_tables(results: dict[str, Any]) -> list[Table]:
     matrix.add_column("after", style="bold")
     for name in results["tasks"]:
         matrix.add_column(name, justify="right")
-    for position, (label, row) in enumerate(zip(_row_labels(results["tasks"]), results["scores"], strict=True)):
+    for position, (label, row) in enumerate(_labelled_rows(results)):
         cells = ["" if value is None else f"{value:.3f}" for value in row]
-        if position > 0:
+        if position > 0 and results["regime"] != "joint":
             cells[position - 1] = f"[bold]{cells[position - 1]}[/bold]"  # the task just learned
         matrix.add_row(label, *cells)
     metrics = Table(title="Continual-learning metrics")
@@ -146,8 +151,12 @@ def metrics_line(metrics: dict[str, float | None]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in metrics.items() if value is not None)
 
 
-def _row_labels(tasks: list[str]) -> list[str]:
-    return ["before", *tasks]
+def _labelled_rows(results: dict[str, Any]) -> list[tuple[str, list[float | None]]]:
+    """Rows of the score matrix with what had been learned by then; joint training has no moment between two tasks."""
+    scores = results["scores"]
+    if results["regime"] == "joint":
+        return [("before", scores[0]), ("joint", scores[-1])]
+    return list(zip(["before", *results["tasks"]], scores, strict=True))
 
 
 def _rows(matrix: torch.Tensor) -> list[list[float | None]]:

@@ -1,19 +1,22 @@
 """Serving a sequence of tasks to one ``Trainer.fit``."""
 
+import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import islice
 from typing import Any, Literal
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler, SubsetRandomSampler
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from agcl.data.replay import Replay, draw
+from agcl.data.sequence import Regime, TaskSequence, in_order
 from agcl.data.sources import in_folder
-from agcl.data.tasks import IGNORED_LABEL, AnswerEncoder, Task, TaskSequence, collate
+from agcl.data.tasks import IGNORED_LABEL, AnswerEncoder, ScoredSplit, Task, collate
 from agcl.errors import AgclError
 from agcl.models import load_config, load_tokenizer
 
@@ -40,14 +43,18 @@ class ResumableDataLoader(DataLoader):
 
 
 class ContinualDataModule(LightningDataModule):
-    """Sequential tasks for one ``Trainer.fit``: each task is a contiguous range of epochs.
+    """A sequence of tasks for one ``Trainer.fit``: each task is a contiguous range of epochs.
+
+    With ``regime: joint`` all tasks are learned together instead, the upper bound that methods are compared with. Rows
+    of all tasks are mixed in every epoch, a task with ``epochs: e`` takes part in the first ``e`` epochs, and one
+    optimizer and one learning-rate schedule run through. Scores are taken before training and at its end alone.
 
     The Trainer must run with :meth:`trainer_arguments`; the command line sets them by itself. Training rows come in an
     order that depends on ``seed`` and the epoch alone, so that a resumed run sees the same batches. Loaders have random
     generators of their own: from torch's global one they would draw at other moments in a resumed run.
 
     Args:
-        tasks: The tasks in the order of learning.
+        tasks: The tasks, in the order of learning unless ``order`` gives another.
         model_name_or_path: Where the tokenizer and the context length come from (linked to the model's by the CLI).
         gguf_file: GGUF file in that folder or repository, if any.
         batch_size: Rows in a training batch, per device.
@@ -55,12 +62,18 @@ class ContinualDataModule(LightningDataModule):
         max_length: Longest row in tokens; the model's context if left out.
         truncation: ``error`` refuses a longer row before training; ``left`` cuts the beginning of its prompt.
         num_workers: Worker processes of each data loader.
-        seed: Order of the training rows.
+        seed: Order of the training rows, choice of kept and replayed rows.
+        regime: ``sequential``: one task after another; ``joint``: all together.
+        order: Names of all tasks in the order of learning.
+        replay: Rows of old tasks that are trained on again beside each new task's; none if left out.
+        evaluate_on: ``validation`` scores each task on its ``validation_split`` in place of its ``test_split``, to
+            choose hyper-parameters by. Probes that name a split of their own keep it.
         data_dir: Folder that the tasks' relative files are taken from; the working directory if left out.
         trust_remote_code: Run tokenizer code that comes with the checkpoint.
 
     Raises:
-        AgclError: On set-up, if a task's data or the Trainer's settings cannot work. Nothing is trained before.
+        AgclError: If the options do not go together; on set-up, if a task's data or the Trainer's settings cannot work.
+            Nothing is trained before.
     """
 
     def __init__(
@@ -74,13 +87,17 @@ class ContinualDataModule(LightningDataModule):
         truncation: Literal["error", "left"] = "error",
         num_workers: int = 0,
         seed: int = 0,
+        regime: Regime = "sequential",
+        order: list[str] | None = None,
+        replay: Replay | None = None,
+        evaluate_on: ScoredSplit = "test",
         data_dir: str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
         if data_dir is not None:
             tasks = [in_folder(task, data_dir) for task in tasks]
-        self.tasks = TaskSequence(tasks)
+        self.tasks = TaskSequence(tasks if order is None else in_order(tasks, order), regime)
         self.model_name_or_path = model_name_or_path
         self.gguf_file = gguf_file
         self.batch_size = batch_size
@@ -89,9 +106,28 @@ class ContinualDataModule(LightningDataModule):
         self.truncation: Literal["error", "left"] = truncation
         self.num_workers = num_workers
         self.seed = seed
+        self.replay = replay
+        self.evaluate_on: ScoredSplit = evaluate_on
         self.trust_remote_code = trust_remote_code
         self._train_rows: list[Dataset] = []
         self._evaluations: list[tuple[int, str | None, Dataset]] = []
+        self._check_options()
+
+    def _check_options(self) -> None:
+        for task in self.tasks:
+            next(task.evaluations(self.evaluate_on))  # raises where there is no such split
+        if self.replay is None:
+            return
+        if self.tasks.regime == "joint":
+            raise AgclError(
+                "`replay` has no meaning with `regime: joint`, which trains on all rows anyway: leave it out."
+            )
+        num_old = len(self.tasks) - 1
+        if self.replay.buffer_size is not None and self.replay.buffer_size < num_old:
+            raise AgclError(
+                f"`replay.buffer_size` is {self.replay.buffer_size}, but {num_old} old tasks come to share it: give at "
+                f"least {num_old}, so that each keeps a row."
+            )
 
     def trainer_arguments(self) -> dict[str, Any]:
         """Arguments that the Trainer needs to run all tasks: ``Trainer(**data.trainer_arguments(), ...)``."""
@@ -114,8 +150,8 @@ class ContinualDataModule(LightningDataModule):
         train_rows, evaluations = [], []
         for index, task in enumerate(self.tasks):
             train_rows.append(self.encoder.encode_rows(task, task.train_split, task.prompt))
-            for name, probe in task.evaluations():
-                rows = self.encoder.encode_rows(task, probe.split or task.test_split, probe.prompt or task.prompt)
+            for name, probe in task.evaluations(self.evaluate_on):
+                rows = self.encoder.encode_rows(task, str(probe.split), str(probe.prompt))  # both are filled in
                 evaluations.append((index, name, rows))
         self._train_rows, self._evaluations = train_rows, evaluations
 
@@ -144,13 +180,13 @@ class ContinualDataModule(LightningDataModule):
                 wanted = float("inf")
             if value != wanted:
                 raise AgclError(
-                    f"The Trainer's `{name}` is {value}, but learning these tasks one after another needs {wanted}: "
+                    f"The Trainer's `{name}` is {value}, but learning these tasks needs {wanted}: "
                     "build it as `Trainer(**data.trainer_arguments(), ...)`, or leave it out on the command line."
                 )
 
     @property
     def evaluations(self) -> Sequence[tuple[int, str | None]]:
-        """What each validation data loader holds: task index, and the probe's name or ``None`` for the test rows."""
+        """What each validation data loader holds: task index, and the probe's name (``None``: the task's own rows)."""
         return [(index, name) for index, name, _ in self._evaluations]
 
     def max_answer_tokens(self, evaluation: int) -> int:
@@ -181,14 +217,54 @@ class ContinualDataModule(LightningDataModule):
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + task_index)
         return rows.select(torch.randperm(len(rows), generator=generator)[:count].tolist())
 
-    def train_dataloader(self) -> DataLoader:
-        """Batches of the task that the present epoch belongs to, rows of like length together."""
+    def rows_at(self, epoch: int) -> Dataset:
+        """Rows that a training epoch serves, its task's (or tasks'), then those it replays."""
+        return concatenate_datasets(self._parts_at(epoch))
+
+    def _parts_at(self, epoch: int) -> list[Dataset]:
+        """The rows of :meth:`rows_at`, by task; none is empty."""
+        indices = self.tasks.indices_at(epoch)
+        parts = [self._train_rows[index] for index in indices]
+        if self.replay is not None and indices[0] > 0:
+            kept = self._replay_buffer(indices[0])
+            # Another stream of chance than the one that the order of the rows is drawn from.
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + 500_000 + epoch)
+            drawn = draw([len(rows) for rows in kept], self.replay.num_replayed(len(parts[0])), generator)
+            parts += [rows.select(places.tolist()) for rows, places in zip(kept, drawn, strict=True) if len(places)]
+        return parts
+
+    def _replay_buffer(self, task_index: int) -> list[Dataset]:
+        """The rows kept of each old task while task ``task_index`` is learned."""
+        if self.replay is None or task_index == 0:
+            return []
+        num_kept = self.replay.num_kept([len(rows) for rows in self._train_rows[:task_index]])
+        return [self.kept_rows(old, count) for old, count in enumerate(num_kept)]
+
+    def extra_bytes(self) -> int:
+        """Size of the rows kept of old tasks at present, in bytes as Arrow stores them."""
         epoch = 0 if self.trainer is None else self.trainer.current_epoch
-        rows = self._train_rows[self.tasks.index_at(epoch)]
+        return sum(rows.with_format("arrow")[:].nbytes for rows in self._replay_buffer(self.tasks.index_at(epoch)))
+
+    def num_batches(self, epoch: int) -> int:
+        """Training batches of any epoch on each device, ``limit_train_batches`` of the Trainer included."""
+        trainer = self.trainer
+        world_size, limit = (1, 1.0) if trainer is None else (trainer.world_size, trainer.limit_train_batches)
+        batches = math.ceil(math.ceil(len(self.rows_at(epoch)) / world_size) / self.batch_size)
+        return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+
+    def train_dataloader(self) -> DataLoader:
+        """Batches of the present epoch's rows: one task's with rows of like length together, several tasks' mixed."""
+        epoch = 0 if self.trainer is None else self.trainer.current_epoch
+        parts = self._parts_at(epoch)
+        rows = concatenate_datasets(parts)
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        sampler = LengthGroupedSampler(
-            self.batch_size, lengths=[len(ids) for ids in rows["input_ids"]], generator=generator
-        )
+        sampler: Sampler
+        if len(parts) == 1:
+            lengths = [len(ids) for ids in rows["input_ids"]]
+            sampler = LengthGroupedSampler(self.batch_size, lengths=lengths, generator=generator)
+        else:
+            # Tasks differ in length: grouped by it, a batch would hold rows of one task alone.
+            sampler = SubsetRandomSampler(range(len(rows)), generator)
         return ResumableDataLoader(
             rows,
             batch_size=self.batch_size,
@@ -199,7 +275,7 @@ class ContinualDataModule(LightningDataModule):
         )
 
     def val_dataloader(self) -> list[DataLoader]:
-        """One loader for each task's test rows and each of its probes, in the order of :attr:`evaluations`.
+        """One loader for each task's own rows to be scored and each of its probes, in the order of :attr:`evaluations`.
 
         Over several processes each row is scored once: the usual sampler would repeat some to make the shares equal.
         """

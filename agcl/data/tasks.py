@@ -2,10 +2,8 @@
 
 import re
 import string
-from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
 from typing import Any, Literal
 
 import torch
@@ -20,6 +18,7 @@ IGNORED_LABEL = -100  # what torch's cross entropy leaves out
 TaskMetric = Literal[
     "exact_match", "label_accuracy", "label_ranking", "first_character", "rouge_l", "edit_similarity", "sari"
 ]
+ScoredSplit = Literal["test", "validation"]
 
 
 @dataclass
@@ -27,7 +26,7 @@ class Probe:
     """Other rows, or another wording, that a task is scored on beside its own test rows.
 
     Args:
-        split: Rows, in the slicing syntax of ``datasets`` (``train[64:96]``); the task's test split if left out.
+        split: Rows, in the slicing syntax of ``datasets`` (``train[64:96]``); the task's own scored rows if left out.
         prompt: Prompt template; the task's own if left out.
     """
 
@@ -53,6 +52,8 @@ class Task:
         drop_empty: Leave out rows without a prompt or answer, which are refused otherwise.
         train_split: Rows to learn, in the slicing syntax of ``datasets`` (``train[:64]``).
         test_split: Rows to be scored on. For facts to be memorised, the same as ``train_split``.
+        validation_split: Rows to be scored on instead while hyper-parameters are chosen; see ``evaluate_on`` of
+            ``ContinualDataModule``.
         probes: Further rows or wordings to be scored on, by name.
         epochs: Passes over the training rows.
         metric: ``exact_match``: share of greedily generated answers that equal the row's. ``label_accuracy``: the same
@@ -78,6 +79,7 @@ class Task:
     drop_empty: bool = False
     train_split: str = "train"
     test_split: str = "test"
+    validation_split: str | None = None
     probes: dict[str, Probe] = field(default_factory=dict)
     epochs: int = 1
     metric: TaskMetric = "exact_match"
@@ -136,61 +138,21 @@ class Task:
         """The answer that a row with this label has."""
         return self.answer.format(**{template_columns(self.answer)[0]: label})
 
-    def evaluations(self) -> Iterator[tuple[str | None, Probe]]:
-        """Yield what the task is scored on: ``(None, test rows)`` first, then each probe with its name."""
-        yield None, Probe(self.test_split, self.prompt)
+    def evaluations(self, evaluate_on: ScoredSplit = "test") -> Iterator[tuple[str | None, Probe]]:
+        """Yield what the task is scored on: ``(None, its own rows)`` first, then each probe with its name.
+
+        Raises:
+            AgclError: If the task declares no ``validation_split`` and is to be scored on it.
+        """
+        split = self.test_split if evaluate_on == "test" else self.validation_split
+        if split is None:
+            raise AgclError(
+                f"Task `{self.name}` declares no `validation_split`, but `evaluate_on` is `validation`: name the rows "
+                "that it is to be scored on, or leave `evaluate_on` at `test`."
+            )
+        yield None, Probe(split, self.prompt)
         for name, probe in self.probes.items():
-            yield name, Probe(probe.split or self.test_split, probe.prompt or self.prompt)
-
-
-class TaskSequence(Sequence[Task]):
-    """Tasks in the order of learning; task ``i`` owns a contiguous range of training epochs.
-
-    Raises:
-        AgclError: If there is no task, or two share a name.
-    """
-
-    def __init__(self, tasks: Sequence[Task]) -> None:
-        if not tasks:
-            raise AgclError("`tasks` is empty: declare at least one task.")
-        names = [task.name for task in tasks]
-        for name in names:
-            if names.count(name) > 1:
-                raise AgclError(f"Two tasks are named `{name}`: task names must differ.")
-        self._tasks = list(tasks)
-        self._ends = list(accumulate(task.epochs for task in tasks))
-
-    def __len__(self) -> int:
-        return len(self._tasks)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self._tasks[index]
-
-    @property
-    def total_epochs(self) -> int:
-        """Epochs of all tasks together: the Trainer's ``max_epochs``."""
-        return self._ends[-1]
-
-    def index_at(self, epoch: int) -> int:
-        """0-based index of the task that training epoch ``epoch`` (0-based) belongs to; beyond the end, the last."""
-        return min(self.num_completed(epoch), len(self) - 1)
-
-    def epoch_in_task(self, epoch: int) -> int:
-        """0-based epoch within its task."""
-        index = self.index_at(epoch)
-        return epoch - (self._ends[index] - self[index].epochs)
-
-    def starts_at(self, epoch: int) -> bool:
-        """Whether ``epoch`` is the first one of a task."""
-        return self.epoch_in_task(epoch) == 0
-
-    def num_completed(self, epoch: int) -> int:
-        """Number of tasks whose epochs all lie before ``epoch``."""
-        return bisect_right(self._ends, epoch)
-
-    def ends_at(self, epoch: int) -> bool:
-        """Whether ``epoch`` is the last one of a task: a task boundary follows."""
-        return epoch + 1 in self._ends
+            yield name, Probe(probe.split or split, probe.prompt or self.prompt)
 
 
 def template_columns(template: str) -> list[str]:

@@ -17,6 +17,8 @@ def plot_score_matrix(
 ) -> tuple[Any, Any]:
     """Draw a score matrix as an annotated heat map, colours fixed to [0, 1]; the task just learned is bold.
 
+    A matrix with its last row measured, but none between that and row 0, is of joint training: those two are drawn.
+
     Args:
         matrix: Shape ``(T + 1, T)``, NaN where not measured (left blank).
         task_names: The T names, in the order of learning.
@@ -27,19 +29,23 @@ def plot_score_matrix(
         Figure and axes.
     """
     num_tasks = len(task_names)
+    labels = ["before training", *(f"after {name}" for name in task_names)]
+    is_joint = num_tasks > 1 and bool(matrix[1:-1].isnan().all()) and not matrix[-1].isnan().all()
+    if is_joint:
+        matrix, labels = matrix[[0, -1]], ["before training", "after joint training"]
     figure = None
     if ax is None:
         figure = Figure(figsize=(2.4 + 0.75 * num_tasks, 1.9 + 0.45 * num_tasks), layout="constrained")
         ax = figure.add_subplot()
     image = ax.imshow(matrix.tolist(), vmin=0, vmax=1, cmap="viridis", aspect="auto")
     ax.set_xticks(range(num_tasks), task_names, rotation=30, ha="right", rotation_mode="anchor")
-    ax.set_yticks(range(num_tasks + 1), ["before training", *(f"after {name}" for name in task_names)])
+    ax.set_yticks(range(len(labels)), labels)
     ax.set_xlabel("task scored")
     for row, values in enumerate(matrix.tolist()):
         for column, value in enumerate(values):
             if math.isnan(value):
                 continue
-            just_learned = row == column + 1
+            just_learned = row == column + 1 and not is_joint
             ax.text(
                 column,
                 row,

@@ -7,23 +7,12 @@ import torch
 from conftest import character_tokenizer, write_rows
 
 from agcl.data.sources import in_folder
-from agcl.data.tasks import AnswerEncoder, Probe, Task, TaskSequence, collate, load_rows
+from agcl.data.tasks import AnswerEncoder, Probe, Task, collate, load_rows
 from agcl.errors import AgclError
 
 
 def encoder(max_length=64, truncation="error"):
     return AnswerEncoder(character_tokenizer(), max_length, truncation)
-
-
-def test_epochs_belong_to_tasks():
-    tasks = TaskSequence([Task(name=n, source="x", epochs=e) for n, e in (("a", 2), ("b", 1), ("c", 3))])
-    assert tasks.total_epochs == 6
-    assert [tasks.index_at(epoch) for epoch in range(6)] == [0, 0, 1, 2, 2, 2]
-    assert [tasks.epoch_in_task(epoch) for epoch in range(6)] == [0, 1, 0, 0, 1, 2]
-    assert [tasks.starts_at(epoch) for epoch in range(6)] == [True, False, True, True, False, False]
-    assert [tasks.ends_at(epoch) for epoch in range(6)] == [False, True, True, False, False, True]
-    assert [tasks.num_completed(epoch) for epoch in range(7)] == [0, 0, 1, 2, 2, 2, 3]
-    assert tasks.index_at(6) == 2  # after the last epoch, when Lightning already counts on
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "csv", "tsv", "parquet"])
@@ -153,11 +142,6 @@ def test_label_answers_are_rendered_like_rows():
     assert task.label_answer("no") == ' {"a": "no"}.'
 
 
-def test_duplicate_names_are_refused():
-    with pytest.raises(AgclError, match="Two tasks are named `t`"):
-        TaskSequence([Task(name="t", source="x"), Task(name="t", source="y")])
-
-
 def test_probes_default_to_the_tasks_own_rows_and_prompt():
     task = Task(
         name="t", source="x", test_split="test", probes={"a": Probe(split="train"), "b": Probe(prompt="{other}")}
@@ -167,6 +151,18 @@ def test_probes_default_to_the_tasks_own_rows_and_prompt():
         ("a", Probe("train", "{prompt}")),
         ("b", Probe("test", "{other}")),
     ]
+
+
+def test_validation_rows_stand_in_for_the_test_rows():
+    probes = {"own": Probe(split="train"), "reworded": Probe(prompt="{other}")}
+    task = Task(name="t", source="x", test_split="test", validation_split="train[9:]", probes=probes)
+    assert list(task.evaluations("validation")) == [
+        (None, Probe("train[9:]", "{prompt}")),
+        ("own", Probe("train", "{prompt}")),
+        ("reworded", Probe("train[9:]", "{other}")),
+    ]
+    with pytest.raises(AgclError, match="Task `t` declares no `validation_split`"):
+        list(Task(name="t", source="x").evaluations("validation"))
 
 
 NUMBERED = [{"prompt": str(i), "answer": "x", "part": i % 3} for i in range(12)]
