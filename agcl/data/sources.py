@@ -71,7 +71,7 @@ def load_rows(task: Task, split: str, columns: Sequence[str]) -> Dataset:
                 f"its columns are {', '.join(rows.column_names)}."
             )
     if task.drop_empty:
-        texts = [rows[column] for column in columns]
+        texts = [rows[column][:] for column in columns]
         rows = rows.select([i for i, row in enumerate(zip(*texts, strict=True)) if not any(map(is_empty, row))])
     if len(rows) == 0:
         raise AgclError(f"Task `{task.name}`: split `{split}` of {task.source} is empty: it holds no row.")
@@ -99,7 +99,7 @@ def _fulfilling(task: Task, rows: Dataset) -> Dataset:
                 f"Task `{task.name}`: `where` names a column `{column}` that is not in {task.source}; "
                 f"its columns are {', '.join(rows.column_names)}."
             )
-        feature, values = rows.features[column], rows[column]
+        feature, values = rows.features[column], rows[column][:]  # a list: single items of a column are slow
         allowed = wanted if isinstance(wanted, list) else [wanted]
         if isinstance(feature, ClassLabel):
             allowed = [feature.str2int(value) if isinstance(value, str) else value for value in allowed]

@@ -64,6 +64,8 @@ class Task:
         labels: The closed set of answers (required by the two label metrics), as the rows spell them.
         substitutions: Regular expressions with what replaces them, in this order, in the generated and in the right
             answer before they are compared.
+        max_answer_tokens: Longer answers are cut to so many tokens before they are learned (but not before a generated
+            answer is compared with them); ``truncation`` is about prompts alone.
         max_new_tokens: Length limit of generated answers in tokens. Without it, that of the longest right answer.
 
     Raises:
@@ -85,6 +87,7 @@ class Task:
     metric: TaskMetric = "exact_match"
     labels: list[str] | None = None
     substitutions: dict[str, str] = field(default_factory=dict)
+    max_answer_tokens: int | None = None
     max_new_tokens: int | None = None
 
     def __post_init__(self) -> None:
@@ -92,8 +95,10 @@ class Task:
             raise AgclError(f"Task name {self.name!r} must not be empty or contain slashes or spaces.")
         if self.epochs < 1:
             raise AgclError(f"Task `{self.name}`: `epochs` is {self.epochs}; give at least 1.")
-        if self.max_new_tokens is not None and self.max_new_tokens < 1:
-            raise AgclError(f"Task `{self.name}`: `max_new_tokens` is {self.max_new_tokens}; give at least 1.")
+        for option in ("max_answer_tokens", "max_new_tokens"):
+            limit = getattr(self, option)
+            if limit is not None and limit < 1:
+                raise AgclError(f"Task `{self.name}`: `{option}` is {limit}; give at least 1.")
         if self.metric.startswith("label") and not self.labels:
             raise AgclError(f"Task `{self.name}`: metric `{self.metric}` needs `labels`, the list of possible answers.")
         prompts = [self.prompt, *(probe.prompt for probe in self.probes.values() if probe.prompt is not None)]
@@ -224,7 +229,7 @@ class AnswerEncoder:
                 )
             label = task.labels.index(value)
         prompt_ids = self.tokenizer(prompt.format(**row))["input_ids"]
-        answer_ids = self.encode_answer(answer)
+        answer_ids = self.encode_answer(answer)[: task.max_answer_tokens]
         excess = len(prompt_ids) + len(answer_ids) - self.max_length
         if excess > 0:
             if self.truncation == "error" or excess >= len(prompt_ids):

@@ -165,6 +165,18 @@ def test_validation_rows_stand_in_for_the_test_rows():
         list(Task(name="t", source="x").evaluations("validation"))
 
 
+def test_long_answers_may_be_cut(tmp_path):
+    path = str(
+        write_rows(tmp_path / "rows.jsonl", [{"prompt": "q?", "answer": "abc"}, {"prompt": "q?", "answer": "a"}])
+    )
+    rows = encoder().encode_rows(Task(name="t", source=path, max_answer_tokens=3), "train", "{prompt}")
+    tokenizer = character_tokenizer()
+    learned = [[token for token in labels if token != -100] for labels in rows["labels"]]
+    # A cut answer does not end there, so no end-of-sequence token closes it.
+    assert learned == [tokenizer(" ab")["input_ids"], [*tokenizer(" a")["input_ids"], tokenizer.eos_token_id]]
+    assert rows["answer"] == ["abc", "a"]
+
+
 NUMBERED = [{"prompt": str(i), "answer": "x", "part": i % 3} for i in range(12)]
 
 
@@ -211,6 +223,7 @@ def test_relative_files_come_from_the_folder(tmp_path):
     ("options", "message"),
     [
         ({"max_new_tokens": 0}, "`max_new_tokens` is 0"),
+        ({"max_answer_tokens": -1}, "`max_answer_tokens` is -1"),
         ({"substitutions": {"(a": "b"}}, "cannot be used"),
         ({"substitutions": {"a": r"\2"}}, "cannot be used"),
         ({"substitutions": {"a": "b"}, "metric": "label_accuracy", "labels": ["a"]}, "compares with `labels`"),
