@@ -12,7 +12,7 @@ from conftest import character_tokenizer, tiny_config
 from transformers import AutoModelForCausalLM
 
 from agcl.cli import main
-from agcl.data.tasks import template_columns
+from agcl.data.tasks import Task, template_columns
 from agcl.module import ContinualLM
 
 CONFIGS = Path(__file__).parent.parent / "lightning_configs"
@@ -130,3 +130,10 @@ def test_data_configurations_learn_rows_of_their_columns(name, roomy_model, tmp_
     given = {key: value.item() for key, value in scores.items() if key in wanted}
     assert list(given) == wanted
     assert all(0 <= score <= 1 for score in given.values())
+
+
+@pytest.mark.parametrize("name", ["trace", "trace_reduced"])
+def test_placeholders_of_py150_are_replaced(name):
+    (task,) = [task for task in written(DATA[name])["data"]["tasks"] if task["name"] == "Py150"]
+    code = "f ( '<STR_LIT>' , <NUM_LIT> , <NUM_LIT:5> , '<STR_LIT:a\nb>' , '<CHAR_LIT>' ) "
+    assert Task(**task).compared(code) == "f ( '' , 0 , 5 , 'a\nb' , '' )"

@@ -49,7 +49,7 @@ class Task:
         subset: The hub data set's configuration, if it has several.
         where: Take only rows that hold these values, by column (``{task: 3}``; of a list, any). Splits are sliced after
             that: ``train[:64]`` are the first 64 of these rows.
-        drop_empty: Leave out rows without a prompt or answer, which are refused otherwise.
+        drop_empty: Leave out, of a split, rows without a prompt or answer, which are refused otherwise.
         train_split: Rows to learn, in the slicing syntax of ``datasets`` (``train[:64]``).
         test_split: Rows to be scored on. For facts to be memorised, the same as ``train_split``.
         validation_split: Rows to be scored on instead while hyper-parameters are chosen; see ``evaluate_on`` of
@@ -106,7 +106,6 @@ class Task:
             self._check_template(option, template)
         if self.labels is not None and len(template_columns(self.answer)) != 1:
             raise AgclError(f"Task `{self.name}`: with `labels`, `answer` must hold exactly one {{column}}.")
-
         self._check_substitutions()
 
     def _check_substitutions(self) -> None:
