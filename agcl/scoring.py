@@ -1,7 +1,7 @@
 """Answers of a causal language model: likelihood, greedy generation, ranking of labels, and the score of a task."""
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,15 @@ from transformers import (
 )
 
 from agcl.data.tasks import IGNORED_LABEL, Task, collate
+from agcl.metrics.text import edit_similarity, first_character, rouge_l, sari
+
+# Scores of a generated answer beside the right one; `sari` compares with the prompt too.
+ANSWER_SCORES: dict[str, Callable[[str, str], float]] = {
+    "exact_match": lambda answer, right: float(answer == right),
+    "first_character": first_character,
+    "rouge_l": rouge_l,
+    "edit_similarity": edit_similarity,
+}
 
 
 def answer_logits(model: PreTrainedModel, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
@@ -171,17 +180,17 @@ class TaskScorer(nn.Module):
 
     Args:
         task: The task; its ``metric`` decides what the score is.
-        candidates: Token ids of ``task.labels`` as answers (empty for ``exact_match``).
-        max_new_tokens: Length limit of generated answers.
+        candidates: Token ids of ``task.labels`` as answers (empty where there are none).
+        max_new_tokens: Length limit of generated answers, unless the task sets a lower one.
     """
 
     def __init__(self, task: Task, candidates: Sequence[Sequence[int]], max_new_tokens: int) -> None:
         super().__init__()
         self.task = task
         self.candidates = candidates
-        self.max_new_tokens = max_new_tokens
+        self.max_new_tokens = min(max_new_tokens, task.max_new_tokens or max_new_tokens)
         self.score: Metric
-        if task.metric == "exact_match":
+        if not task.metric.startswith("label"):
             self.score = MeanMetric()
         else:
             # One class more than labels: what is generated may be none of them.
@@ -198,18 +207,39 @@ class TaskScorer(nn.Module):
         if self.task.metric == "label_ranking":
             self.score.update(rank_labels(model, prompts, self.candidates, int(tokenizer.pad_token_id)), batch["label"])
             return
-        if self.task.metric == "exact_match":
-            answers = generate_answers(model, tokenizer, prompts, self.max_new_tokens, batch["answer"])
-            hits = [float(given == wanted) for given, wanted in zip(answers, batch["answer"], strict=True)]
-            self.score.update(torch.tensor(hits, device=targets.device))
-        else:
+        if self.task.metric == "label_accuracy":
             answers = generate_answers(model, tokenizer, prompts, self.max_new_tokens)
             labels = [self.task.label_answer(label).strip() for label in self.task.labels or ()]
             given = [labels.index(answer) if answer in labels else len(labels) for answer in answers]
             self.score.update(torch.tensor(given, device=targets.device), batch["label"])
+        else:
+            scores = self._answer_scores(model, tokenizer, prompts, batch["answer"])
+            self.score.update(torch.tensor(scores, device=targets.device))
+
+    def _answer_scores(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Sequence[Sequence[int]],
+        right: Sequence[str],
+    ) -> list[float]:
+        """Generate answers, and score each of them against the right one."""
+        metric = self.task.metric
+        decisive = {"exact_match": right, "first_character": [answer[:1] for answer in right]}.get(metric)
+        if self.task.substitutions:  # which may yet make two texts equal
+            decisive = None
+        answers = generate_answers(model, tokenizer, prompts, self.max_new_tokens, decisive)
+        pairs = [
+            (self.task.compared(answer), self.task.compared(wanted))
+            for answer, wanted in zip(answers, right, strict=True)
+        ]
+        if metric == "sari":
+            sources = tokenizer.batch_decode([list(ids) for ids in prompts], skip_special_tokens=True)
+            return [sari(given, source, [wanted]) for (given, wanted), source in zip(pairs, sources, strict=True)]
+        return [ANSWER_SCORES[metric](given, wanted) for given, wanted in pairs]
 
     def compute(self) -> dict[str, Tensor]:
-        """``score`` (share in [0, 1]) and ``nll`` (nats per answer token) over all that was seen, scalars."""
+        """``score`` (in [0, 1]) and ``nll`` (nats per answer token) over all that was seen, scalars."""
         return {"score": self.score.compute(), "nll": self.nll.compute()}
 
 

@@ -6,10 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from helpers import write_config
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from agcl import lightning_cli
 from agcl.cli import main
 
 CONFIGS = Path(__file__).parent.parent / "lightning_configs"
@@ -94,6 +96,8 @@ def test_data_options_from_the_command_line(llama_folder, task_files, tmp_path, 
 
 BAD = [
     ({"data__tasks__0__source": "/nowhere.jsonl"}, "Task `task0`: the file /nowhere.jsonl does not exist"),
+    ({"data__data_dir": "/nowhere"}, "`data_dir` is /nowhere, which is not a folder"),
+    ({"data__data_dir": "/", "data__tasks__0__source": "no.jsonl"}, "Task `task0`: the file /no.jsonl does not exist"),
     ({"data__tasks__0__prompt": "{question}"}, "Task `task0`: there is no column `question`"),
     ({"data__tasks__1__test_split": "train[9:]"}, "Task `task1`: split `train[9:]` of"),
     ({"data__tasks__1__name": "task0"}, "Two tasks are named `task0`"),
@@ -165,10 +169,11 @@ def printed_config(capsys, monkeypatch, *paths):
     return yaml.safe_load(capsys.readouterr().out)
 
 
-FIT_CONFIGS = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name != "compare")
+# The benchmarks' are tested in test_benchmark_configs.py.
+RUNS = sorted([*CONFIGS.glob("quickstart*.yaml"), *CONFIGS.glob("method/*.yaml")])
 
 
-@pytest.mark.parametrize("path", FIT_CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
 def test_shipped_configurations_parse(path, capsys, monkeypatch):
     quickstart = printed_config(capsys, monkeypatch, QUICKSTART)
     assert len(quickstart["data"]["tasks"]) >= 4
@@ -196,3 +201,14 @@ def test_the_twin_differs_in_the_callbacks_alone(capsys, monkeypatch):
     different = {name for name, value in quickstart["trainer"].items() if value != twin["trainer"][name]}
     assert different == {"callbacks", "logger"}
     assert twin["trainer"]["callbacks"] == []
+
+
+@pytest.mark.parametrize(("bfloat16_seconds", "expected"), [(0.5, "bf16-mixed"), (0.9, "32-true"), (5.0, "32-true")])
+def test_precision_is_the_clearly_faster_one(monkeypatch, bfloat16_seconds, expected):
+    seconds = {torch.float32: 1.0, torch.bfloat16: bfloat16_seconds}
+    monkeypatch.setattr(lightning_cli, "_product_seconds", seconds.__getitem__)
+    assert lightning_cli.choose_precision("cpu") == expected
+
+
+def test_products_are_timed():
+    assert 0 < lightning_cli._product_seconds(torch.float32) < 10

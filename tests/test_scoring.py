@@ -5,6 +5,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from agcl.data.tasks import Task, collate
+from agcl.metrics.text import sari
 from agcl.scoring import LeavesAnswer, TaskScorer, answer_logits, generate_answers, rank_labels, token_nll
 
 
@@ -137,3 +138,49 @@ def test_scores_are_shares_of_right_answers(answer, expected):
         values = scorer.compute()
         assert values["score"].item() == pytest.approx(expected)
         assert values["nll"].item() == pytest.approx(torch.tensor(70.0).log().item())
+
+
+def scored(answer, *rows, **options):
+    """The score of a model that gives one answer to all rows."""
+    scorer = TaskScorer(Task(name="t", source="x", **options), [], 12)
+    scorer.update(Parrot(answer), character_tokenizer(), collate(rows, 1))
+    return scorer.compute()["score"].item()
+
+
+@pytest.mark.parametrize(
+    ("metric", "expected"),
+    [
+        ("exact_match", 1 / 2),
+        ("first_character", 1 / 2),
+        ("edit_similarity", (1 + 1 - 4 / 6) / 2),
+        ("rouge_l", (1 + 1 / 2) / 2),
+        ("sari", (sari("a c", "a b", ["a c"]) + sari("a c", "a c", ["b c"])) / 2),
+    ],
+)
+def test_score_is_the_mean_over_rows(metric, expected):
+    rows = [row("a b", " a c"), row("a c", " b c")]
+    if metric == "edit_similarity":
+        rows[1] = row("a c", " aef")  # "a c": two of three letters replaced
+    assert scored(" a c", *rows, metric=metric) == pytest.approx(expected)
+
+
+def test_substitutions_apply_to_both_answers():
+    options = {"metric": "exact_match", "substitutions": {"z(.)": r"\1", "q": "a"}}
+    assert scored(" zab", row("a", " qb"), **options) == 1
+    assert scored(" zab", row("a", " zqb"), **options) == 1
+    assert scored(" zab", row("a", " ac"), **options) == 0
+
+
+def test_the_task_may_shorten_answers():
+    task = Task(name="t", source="x", max_new_tokens=3)
+    assert TaskScorer(task, [], 12).max_new_tokens == 3
+    assert TaskScorer(task, [], 2).max_new_tokens == 2
+
+
+def test_a_first_character_is_all_that_is_generated(model):
+    seen = []
+    generate = model.generate
+    model.generate = lambda **options: seen.append(generate(**options)) or seen[-1]
+    scorer = TaskScorer(Task(name="t", source="x", metric="first_character"), [], 12)
+    scorer.update(model, character_tokenizer(), collate([row("cat?", " abcdefghij"), row("dog?", " bcdefghij")], 1))
+    assert seen[0].shape[1] <= 4 + 3  # the prompt, a space, the character, and one that leaves the answer

@@ -16,6 +16,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from agcl.data.replay import Replay, draw
 from agcl.data.sequence import Regime, TaskSequence, in_order
+from agcl.data.sources import in_folder
 from agcl.data.tasks import IGNORED_LABEL, AnswerEncoder, ScoredSplit, Task, collate
 from agcl.errors import AgclError
 from agcl.models import load_config, load_tokenizer
@@ -68,6 +69,7 @@ class ContinualDataModule(LightningDataModule):
         replay: Rows of old tasks that are trained on again beside each new task's; none if left out.
         evaluate_on: ``validation`` scores each task on its ``validation_split`` in place of its ``test_split``, to
             choose hyper-parameters by. Probes that name a split of their own keep it.
+        data_dir: Folder that the tasks' relative files are taken from; the working directory if left out.
         trust_remote_code: Run tokenizer code that comes with the checkpoint.
 
     Raises:
@@ -90,9 +92,12 @@ class ContinualDataModule(LightningDataModule):
         order: list[str] | None = None,
         replay: Replay | None = None,
         evaluate_on: ScoredSplit = "test",
+        data_dir: str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
+        if data_dir is not None:
+            tasks = [in_folder(task, data_dir) for task in tasks]
         self.tasks = TaskSequence(tasks if order is None else in_order(tasks, order), regime)
         self.model_name_or_path = model_name_or_path
         self.gguf_file = gguf_file

@@ -1,24 +1,23 @@
 """Declaring tasks, and turning their rows into token ids with the answer marked."""
 
+import re
 import string
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
-import datasets
 import torch
 from datasets import ClassLabel, Dataset
 from transformers import PreTrainedTokenizerBase
 
+from agcl.data.sources import is_empty, load_rows, quiet_datasets
 from agcl.errors import AgclError
 
 IGNORED_LABEL = -100  # what torch's cross entropy leaves out
-BUILTIN_FOLDER = Path(__file__).parent / "builtin"
-_BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 
-TaskMetric = Literal["exact_match", "label_accuracy", "label_ranking"]
+TaskMetric = Literal[
+    "exact_match", "label_accuracy", "label_ranking", "first_character", "rouge_l", "edit_similarity", "sari"
+]
 ScoredSplit = Literal["test", "validation"]
 
 
@@ -41,12 +40,16 @@ class Task:
 
     Args:
         name: Its name in tables, file names and TensorBoard tags.
-        source: ``builtin:FOLDER/NAME``, a local JSONL, JSON, CSV, TSV or Parquet file (also gzipped), a mapping of
-            split names to such files, or a data set's name on the hub.
+        source: ``builtin:FOLDER/NAME``, a local JSONL, JSON, CSV, TSV or Parquet file (also gzipped; a relative one is
+            looked for in the data module's ``data_dir``), a mapping of split names to such files, or a data set's name
+            on the hub.
         prompt: Template of the prompt; ``{column}`` is replaced by the row's value.
         answer: Template of the answer. It is joined to the prompt as it stands, so it usually starts with a space; the
             tokenizer's end-of-sequence token is added.
         subset: The hub data set's configuration, if it has several.
+        where: Take only rows that hold these values, by column (``{task: 3}``; of a list, any). Splits are sliced after
+            that: ``train[:64]`` are the first 64 of these rows.
+        drop_empty: Leave out, of a split, rows without a prompt or answer, which are refused otherwise.
         train_split: Rows to learn, in the slicing syntax of ``datasets`` (``train[:64]``).
         test_split: Rows to be scored on. For facts to be memorised, the same as ``train_split``.
         validation_split: Rows to be scored on instead while hyper-parameters are chosen; see ``evaluate_on`` of
@@ -55,8 +58,15 @@ class Task:
         epochs: Passes over the training rows.
         metric: ``exact_match``: share of greedily generated answers that equal the row's. ``label_accuracy``: the same
             for a closed set of labels. ``label_ranking``: share of rows whose own label has the highest likelihood of
-            all ``labels``; it hides a forgotten answer format.
+            all ``labels``; it hides a forgotten answer format. Of greedily generated answers also, a mean over rows in
+            [0, 1]: ``first_character`` (share whose first character is right), ``rouge_l`` (F measure),
+            ``edit_similarity``, ``sari`` (the prompt is what was to be simplified); see ``agcl.metrics.text``.
         labels: The closed set of answers (required by the two label metrics), as the rows spell them.
+        substitutions: Regular expressions with what replaces them, in this order, in the generated and in the right
+            answer before they are compared.
+        max_answer_tokens: Longer answers are cut to so many tokens before they are learned (but not before a generated
+            answer is compared with them); ``truncation`` is about prompts alone.
+        max_new_tokens: Length limit of generated answers in tokens. Without it, that of the longest right answer.
 
     Raises:
         AgclError: If a value is not usable; the message names the task.
@@ -67,6 +77,8 @@ class Task:
     prompt: str = "{prompt}"
     answer: str = " {answer}"
     subset: str | None = None
+    where: dict[str, Any] = field(default_factory=dict)
+    drop_empty: bool = False
     train_split: str = "train"
     test_split: str = "test"
     validation_split: str | None = None
@@ -74,12 +86,19 @@ class Task:
     epochs: int = 1
     metric: TaskMetric = "exact_match"
     labels: list[str] | None = None
+    substitutions: dict[str, str] = field(default_factory=dict)
+    max_answer_tokens: int | None = None
+    max_new_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if not self.name or any(c in self.name for c in "/\\ "):
             raise AgclError(f"Task name {self.name!r} must not be empty or contain slashes or spaces.")
         if self.epochs < 1:
             raise AgclError(f"Task `{self.name}`: `epochs` is {self.epochs}; give at least 1.")
+        for option in ("max_answer_tokens", "max_new_tokens"):
+            limit = getattr(self, option)
+            if limit is not None and limit < 1:
+                raise AgclError(f"Task `{self.name}`: `{option}` is {limit}; give at least 1.")
         if self.metric.startswith("label") and not self.labels:
             raise AgclError(f"Task `{self.name}`: metric `{self.metric}` needs `labels`, the list of possible answers.")
         prompts = [self.prompt, *(probe.prompt for probe in self.probes.values() if probe.prompt is not None)]
@@ -87,6 +106,20 @@ class Task:
             self._check_template(option, template)
         if self.labels is not None and len(template_columns(self.answer)) != 1:
             raise AgclError(f"Task `{self.name}`: with `labels`, `answer` must hold exactly one {{column}}.")
+        self._check_substitutions()
+
+    def _check_substitutions(self) -> None:
+        if self.substitutions and self.metric.startswith("label"):
+            raise AgclError(
+                f"Task `{self.name}`: metric `{self.metric}` compares with `labels`, so `substitutions` cannot be used."
+            )
+        for pattern, replacement in self.substitutions.items():
+            try:
+                re.sub(pattern, replacement, "")
+            except re.error as error:
+                raise AgclError(
+                    f"Task `{self.name}`: the substitution {pattern!r}: {replacement!r} cannot be used: {error}."
+                ) from error
 
     def _check_template(self, option: str, template: str) -> None:
         try:
@@ -98,6 +131,12 @@ class Task:
                 f"Task `{self.name}`: `{option}` is {template!r}; it must hold at least one {{column}} by its plain "
                 "name. Write {{ and }} for braces as such."
             )
+
+    def compared(self, answer: str) -> str:
+        """An answer as it is compared: after the substitutions, without surrounding white space."""
+        for pattern, replacement in self.substitutions.items():
+            answer = re.sub(pattern, replacement, answer)
+        return answer.strip()
 
     def label_answer(self, label: str) -> str:
         """The answer that a row with this label has."""
@@ -127,78 +166,6 @@ def template_columns(template: str) -> list[str]:
 
 def _fields(template: str) -> list[str]:
     return [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
-
-
-def load_rows(task: Task, split: str, columns: Sequence[str]) -> Dataset:
-    """Load the rows of one split of a task, class labels already turned into their names.
-
-    Args:
-        task: The task.
-        split: Split in the slicing syntax of ``datasets``.
-        columns: Columns that must be there.
-
-    Raises:
-        AgclError: If the source, split or a column is missing, or there is no row; names the task.
-    """
-    with _quiet_datasets():
-        try:
-            rows = datasets.load_dataset(**_load_arguments(task), split=split)
-        except AgclError:
-            raise
-        except Exception as error:  # the library raises a dozen unrelated types for a file or split that is not right
-            reason = " ".join(str(error.__cause__ or error).split())[:300]
-            if "corresponds to no data" in reason:
-                reason = "it is empty"
-            raise AgclError(
-                f"Task `{task.name}`: split `{split}` of {task.source} cannot be loaded: {reason}"
-            ) from error
-    for column in columns:
-        if column not in rows.column_names:
-            raise AgclError(
-                f"Task `{task.name}`: there is no column `{column}` in {task.source}; "
-                f"its columns are {', '.join(rows.column_names)}."
-            )
-    if len(rows) == 0:
-        raise AgclError(f"Task `{task.name}`: split `{split}` of {task.source} is empty: it holds no row.")
-    return rows
-
-
-def _load_arguments(task: Task) -> dict[str, Any]:
-    """Arguments of ``datasets.load_dataset`` for the task's source."""
-    files = task.source if isinstance(task.source, dict) else {"train": task.source}
-    first = next(iter(files.values()))
-    if first.startswith("builtin:"):
-        path = BUILTIN_FOLDER / (first.removeprefix("builtin:") + ".jsonl")
-        if not path.is_file():
-            names = sorted(str(p.relative_to(BUILTIN_FOLDER).with_suffix("")) for p in BUILTIN_FOLDER.glob("*/*.jsonl"))
-            raise AgclError(f"Task `{task.name}`: there is no `{first}`; built in are {', '.join(names)}.")
-        return {"path": "json", "data_files": {"train": str(path)}}
-    suffixes = Path(first).suffixes
-    suffix = next((s for s in reversed(suffixes) if s in _BUILDERS), None)
-    if suffix is None:
-        if first.startswith((".", "/", "~")) and not Path(first).expanduser().exists():
-            raise AgclError(f"Task `{task.name}`: {first} does not exist.")
-        return {"path": first, "name": task.subset}
-    for file in files.values():
-        if not Path(file).expanduser().is_file():
-            raise AgclError(f"Task `{task.name}`: the file {file} does not exist.")
-    arguments: dict[str, Any] = {"path": _BUILDERS[suffix]}
-    arguments["data_files"] = {name: str(Path(file).expanduser()) for name, file in files.items()}
-    if suffix == ".tsv":
-        arguments["sep"] = "\t"
-    return arguments
-
-
-@contextmanager
-def _quiet_datasets() -> Iterator[None]:
-    """Hide the library's progress bars, which would cut into the run's own display; put them back afterwards."""
-    were_disabled = datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if not were_disabled:
-            datasets.enable_progress_bars()
 
 
 class AnswerEncoder:
@@ -241,13 +208,15 @@ class AnswerEncoder:
             values = {c: names[c].int2str(v) if c in names and v is not None else v for c, v in row.items()}
             return self._encode_row(task, values, prompt, f"row {index} of `{split}`")
 
-        with _quiet_datasets():
+        with quiet_datasets():
             return rows.map(encode, with_indices=True, remove_columns=rows.column_names, load_from_cache_file=False)
 
     def _encode_row(self, task: Task, row: Mapping[str, Any], prompt: str, where: str) -> dict[str, Any]:
         for column in (*template_columns(prompt), *template_columns(task.answer)):
-            if row[column] is None or not str(row[column]).strip():
-                raise AgclError(f"Task `{task.name}`: column `{column}` is empty in {where}.")
+            if is_empty(row[column]):
+                raise AgclError(
+                    f"Task `{task.name}`: column `{column}` is empty in {where}; `drop_empty` leaves such rows out."
+                )
         answer = task.answer.format(**row)
         label = -1
         if task.labels is not None:
@@ -259,7 +228,7 @@ class AnswerEncoder:
                 )
             label = task.labels.index(value)
         prompt_ids = self.tokenizer(prompt.format(**row))["input_ids"]
-        answer_ids = self.encode_answer(answer)
+        answer_ids = self.encode_answer(answer)[: task.max_answer_tokens]
         excess = len(prompt_ids) + len(answer_ids) - self.max_length
         if excess > 0:
             if self.truncation == "error" or excess >= len(prompt_ids):

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from agcl.data.tasks import BUILTIN_FOLDER, Task, load_rows
+from agcl.data.sources import BUILTIN_FOLDER, load_rows
+from agcl.data.tasks import Task
 
 FOLDER = BUILTIN_FOLDER / "cldr"
 SCRIPT = Path(__file__).parents[2] / "scripts" / "build_builtin_data.py"

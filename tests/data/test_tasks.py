@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import character_tokenizer, write_rows
 
+from agcl.data.sources import in_folder
 from agcl.data.tasks import AnswerEncoder, Probe, Task, collate, load_rows
 from agcl.errors import AgclError
 
@@ -162,3 +163,72 @@ def test_validation_rows_stand_in_for_the_test_rows():
     ]
     with pytest.raises(AgclError, match="Task `t` declares no `validation_split`"):
         list(Task(name="t", source="x").evaluations("validation"))
+
+
+def test_long_answers_may_be_cut(tmp_path):
+    path = str(
+        write_rows(tmp_path / "rows.jsonl", [{"prompt": "q?", "answer": "abc"}, {"prompt": "q?", "answer": "a"}])
+    )
+    rows = encoder().encode_rows(Task(name="t", source=path, max_answer_tokens=3), "train", "{prompt}")
+    tokenizer = character_tokenizer()
+    learned = [[token for token in labels if token != -100] for labels in rows["labels"]]
+    # A cut answer does not end there, so no end-of-sequence token closes it.
+    assert learned == [tokenizer(" ab")["input_ids"], [*tokenizer(" a")["input_ids"], tokenizer.eos_token_id]]
+    assert rows["answer"] == ["abc", "a"]
+
+
+NUMBERED = [{"prompt": str(i), "answer": "x", "part": i % 3} for i in range(12)]
+
+
+@pytest.mark.parametrize(
+    ("where", "split", "expected"),
+    [
+        ({"part": 1}, "train", ["1", "4", "7", "10"]),
+        ({"part": 1}, "train[:2]", ["1", "4"]),  # of the rows that fulfil it, not of all
+        ({"part": 1}, "train[50%:]", ["7", "10"]),
+        ({"part": 1}, "train[:1]+train[-1:]", ["1", "10"]),
+        ({"part": [0, 2], "prompt": ["0", "1", "2"]}, "train", ["0", "2"]),
+        ({}, "train[:2]", ["0", "1"]),
+    ],
+)
+def test_where_comes_before_slices(tmp_path, where, split, expected):
+    path = write_rows(tmp_path / "rows.jsonl", NUMBERED)
+    assert load_rows(Task(name="t", source=str(path), where=where), split, [])["prompt"] == expected
+
+
+def test_where_that_nothing_fulfils_is_refused(tmp_path):
+    path = str(write_rows(tmp_path / "rows.jsonl", NUMBERED))
+    with pytest.raises(AgclError, match="`where` names a column `chapter`"):
+        load_rows(Task(name="t", source=path, where={"chapter": 1}), "train", [])
+    with pytest.raises(AgclError, match="is empty"):
+        load_rows(Task(name="t", source=path, where={"part": 9}), "train", [])
+
+
+def test_rows_without_text_may_be_dropped(tmp_path):
+    rows = [{"prompt": "a", "answer": "b"}, {"prompt": "c", "answer": " "}, {"prompt": None, "answer": "d"}]
+    path = str(write_rows(tmp_path / "rows.jsonl", rows))
+    assert load_rows(Task(name="t", source=path, drop_empty=True), "train", ["prompt", "answer"])["prompt"] == ["a"]
+
+
+def test_relative_files_come_from_the_folder(tmp_path):
+    task = Task(name="t", source={"train": "a/b.jsonl", "test": "/c.csv"})
+    assert in_folder(task, str(tmp_path)).source == {"train": f"{tmp_path}/a/b.jsonl", "test": "/c.csv"}
+    for name in ("builtin:cldr/welsh", "owner/data", "~/rows.csv"):
+        assert in_folder(Task(name="t", source=name), str(tmp_path)).source == name
+    with pytest.raises(AgclError, match="`data_dir` is /nowhere, which is not a folder"):
+        in_folder(task, "/nowhere")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": 0}, "`max_new_tokens` is 0"),
+        ({"max_answer_tokens": -1}, "`max_answer_tokens` is -1"),
+        ({"substitutions": {"(a": "b"}}, "cannot be used"),
+        ({"substitutions": {"a": r"\2"}}, "cannot be used"),
+        ({"substitutions": {"a": "b"}, "metric": "label_accuracy", "labels": ["a"]}, "compares with `labels`"),
+    ],
+)
+def test_unusable_scoring_options_are_refused(options, message):
+    with pytest.raises(AgclError, match=message):
+        Task(name="t", source="x", **options)

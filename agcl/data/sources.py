@@ -1,0 +1,151 @@
+"""Where a task's rows come from: files, data sets on the hub, and what is built in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import datasets
+from datasets import ClassLabel, Dataset, ReadInstruction, concatenate_datasets
+
+from agcl.errors import AgclError
+
+if TYPE_CHECKING:
+    from agcl.data.tasks import Task
+
+BUILTIN_FOLDER = Path(__file__).parent / "builtin"
+_BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+
+
+def in_folder(task: Task, folder: str) -> Task:
+    """The task with its relative files taken from a folder; absolute ones, hub and built-in names stay as they are.
+
+    Raises:
+        AgclError: If there is no such folder.
+    """
+    root = Path(folder).expanduser()
+    if not root.is_dir():
+        raise AgclError(f"`data_dir` is {folder}, which is not a folder: name the one that holds the tasks' files.")
+
+    def located(source: str) -> str:
+        is_file = _builder_suffix(source) is not None and not source.startswith(("builtin:", "~"))
+        return str(root / source) if is_file else source
+
+    if isinstance(task.source, str):
+        return replace(task, source=located(task.source))
+    return replace(task, source={split: located(file) for split, file in task.source.items()})
+
+
+def load_rows(task: Task, split: str, columns: Sequence[str]) -> Dataset:
+    """Load the rows of one split of a task, class labels already turned into their names.
+
+    Args:
+        task: The task.
+        split: Split in the slicing syntax of ``datasets``. Slices count the rows that fulfil the task's ``where``.
+        columns: Columns that must be there.
+
+    Raises:
+        AgclError: If the source, split or a column is missing, or there is no row; names the task.
+    """
+    with quiet_datasets():
+        try:
+            rows = (
+                _load_where(task, split) if task.where else datasets.load_dataset(**_load_arguments(task), split=split)
+            )
+        except AgclError:
+            raise
+        except Exception as error:  # the library raises a dozen unrelated types for a file or split that is not right
+            reason = " ".join(str(error.__cause__ or error).split())[:300]
+            if "corresponds to no data" in reason:
+                reason = "it is empty"
+            raise AgclError(
+                f"Task `{task.name}`: split `{split}` of {task.source} cannot be loaded: {reason}"
+            ) from error
+    for column in columns:
+        if column not in rows.column_names:
+            raise AgclError(
+                f"Task `{task.name}`: there is no column `{column}` in {task.source}; "
+                f"its columns are {', '.join(rows.column_names)}."
+            )
+    if task.drop_empty:
+        texts = [rows[column][:] for column in columns]
+        rows = rows.select([i for i, row in enumerate(zip(*texts, strict=True)) if not any(map(is_empty, row))])
+    if len(rows) == 0:
+        raise AgclError(f"Task `{task.name}`: split `{split}` of {task.source} is empty: it holds no row.")
+    return rows
+
+
+def is_empty(value: Any) -> bool:
+    """Whether a row's value is missing, or white space alone."""
+    return value is None or not str(value).strip()
+
+
+def _load_where(task: Task, split: str) -> Dataset:
+    """One split of the rows that fulfil ``task.where``, its slices taken after the others are gone."""
+    whole = datasets.load_dataset(**_load_arguments(task))
+    kept = {str(name): _fulfilling(task, rows) for name, rows in whole.items()}
+    parts = ReadInstruction.from_spec(split).to_absolute({name: len(rows) for name, rows in kept.items()})
+    return concatenate_datasets([kept[part.splitname].select(range(part.from_, part.to)) for part in parts])
+
+
+def _fulfilling(task: Task, rows: Dataset) -> Dataset:
+    indices: Sequence[int] = range(len(rows))
+    for column, wanted in task.where.items():
+        if column not in rows.column_names:
+            raise AgclError(
+                f"Task `{task.name}`: `where` names a column `{column}` that is not in {task.source}; "
+                f"its columns are {', '.join(rows.column_names)}."
+            )
+        feature, values = rows.features[column], rows[column][:]  # a list: single items of a column are slow
+        allowed = wanted if isinstance(wanted, list) else [wanted]
+        if isinstance(feature, ClassLabel):
+            allowed = [feature.str2int(value) if isinstance(value, str) else value for value in allowed]
+        indices = [index for index in indices if values[index] in allowed]
+    return rows.select(indices)
+
+
+def _builder_suffix(source: str) -> str | None:
+    """The suffix that says how a file is to be read; None if ``source`` is no file."""
+    return next((suffix for suffix in reversed(Path(source).suffixes) if suffix in _BUILDERS), None)
+
+
+def _load_arguments(task: Task) -> dict[str, Any]:
+    """Arguments of ``datasets.load_dataset`` for the task's source."""
+    files = task.source if isinstance(task.source, dict) else {"train": task.source}
+    first = next(iter(files.values()))
+    if first.startswith("builtin:"):
+        path = BUILTIN_FOLDER / (first.removeprefix("builtin:") + ".jsonl")
+        if not path.is_file():
+            names = sorted(str(p.relative_to(BUILTIN_FOLDER).with_suffix("")) for p in BUILTIN_FOLDER.glob("*/*.jsonl"))
+            raise AgclError(f"Task `{task.name}`: there is no `{first}`; built in are {', '.join(names)}.")
+        return {"path": "json", "data_files": {"train": str(path)}}
+    suffix = _builder_suffix(first)
+    if suffix is None:
+        if first.startswith((".", "/", "~")) and not Path(first).expanduser().exists():
+            raise AgclError(f"Task `{task.name}`: {first} does not exist.")
+        return {"path": first, "name": task.subset}
+    for file in files.values():
+        if not Path(file).expanduser().is_file():
+            raise AgclError(
+                f"Task `{task.name}`: the file {file} does not exist. Relative files are looked for in `data_dir`."
+            )
+    arguments: dict[str, Any] = {"path": _BUILDERS[suffix]}
+    arguments["data_files"] = {name: str(Path(file).expanduser()) for name, file in files.items()}
+    if suffix == ".tsv":
+        arguments["sep"] = "\t"
+    return arguments
+
+
+@contextmanager
+def quiet_datasets() -> Iterator[None]:
+    """Hide the library's progress bars, which would cut into the run's own display; put them back afterwards."""
+    were_disabled = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not were_disabled:
+            datasets.enable_progress_bars()

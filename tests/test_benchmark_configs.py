@@ -1,0 +1,139 @@
+"""The benchmarks' configurations: each parses with what it is laid over, and learns made-up rows of its columns."""
+
+import gzip
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import character_tokenizer, tiny_config
+from transformers import AutoModelForCausalLM
+
+from agcl.cli import main
+from agcl.data.tasks import Task, template_columns
+from agcl.module import ContinualLM
+
+CONFIGS = Path(__file__).parent.parent / "lightning_configs"
+BASE = CONFIGS / "base.yaml"
+DATA = {path.stem: path for path in CONFIGS.glob("data/*.yaml")}
+ORDERS = {path.stem: path for path in CONFIGS.glob("data/orders/*.yaml")}
+MODELS = {path.stem: path for path in CONFIGS.glob("model/*.yaml")}
+
+
+@pytest.fixture
+def parsed(capsys, monkeypatch):
+    """Parse configuration files as the command line does, and return what it makes of them."""
+
+    def parse(*paths):
+        monkeypatch.setattr(sys, "argv", ["agcl"])
+        with pytest.raises(SystemExit) as exit_info:
+            main(["fit", *(argument for path in paths for argument in ("--config", str(path))), "--print_config"])
+        assert exit_info.value.code == 0
+        return yaml.safe_load(capsys.readouterr().out)
+
+    return parse
+
+
+def written(path):
+    """A configuration file as it stands."""
+    return yaml.safe_load(path.read_text())
+
+
+def task_names(name):
+    return [task["name"] for task in written(DATA[name])["data"]["tasks"]]
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_model_configurations_parse(name, parsed):
+    config = parsed(BASE, DATA["concept1k_reduced"], MODELS[name])
+    assert config["model"]["model_name_or_path"] == written(MODELS[name])["model"]["model_name_or_path"]
+    assert [task["name"] for task in config["data"]["tasks"]] == ["concepts0", "concepts1", "concepts2"]
+
+
+@pytest.mark.parametrize("name", sorted(ORDERS))
+def test_orders_are_of_the_same_tasks(name):
+    sequence, number = name.rsplit("_order", 1)
+    order = written(ORDERS[name])["data"]["order"]
+    assert sorted(order) == sorted(task_names(sequence))
+    assert (order == task_names(sequence)) == (number == "1")
+    if sequence.endswith("_reduced"):
+        whole = written(ORDERS[name.replace("_reduced", "")])["data"]["order"]
+        assert order == [task for task in whole if task != "yahoo"]
+
+
+@pytest.fixture(scope="module")
+def roomy_model(tmp_path_factory):
+    """A tiny model with the context that a benchmark's prompts need, in characters."""
+    folder = tmp_path_factory.mktemp("roomy")
+    config = tiny_config("llama")
+    config.max_position_embeddings = 2048
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    character_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def write_made_up_rows(folder, tasks):
+    """Three rows for each task and file, with the columns that the task names."""
+    rows = {}
+    for task in tasks:
+        (answer,) = template_columns(task.get("answer", " {answer}"))
+        prompts = [task.get("prompt", "{prompt}"), *(probe["prompt"] for probe in task.get("probes", {}).values())]
+        labels = task.get("labels") or ["one", "two"]
+        new = [
+            {
+                **{column: f"some {column} {i}" for prompt in prompts for column in template_columns(prompt)},
+                **{column: value for column, value in task.get("where", {}).items() if column != answer},
+                answer: labels[i % len(labels)],
+            }
+            for i in range(3)
+        ]
+        source = task["source"]
+        for file in source.values() if isinstance(source, dict) else [source]:
+            rows.setdefault(file, []).extend(new)
+    for file, content in rows.items():
+        path = folder / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".json":  # a list, as TRACE and O-LoRA publish theirs
+            path.write_text(json.dumps(content))
+        else:
+            path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in content).encode()))
+
+
+@pytest.mark.parametrize("name", sorted(DATA))
+def test_data_configurations_learn_rows_of_their_columns(name, roomy_model, tmp_path, monkeypatch):
+    config = written(DATA[name])
+    write_made_up_rows(tmp_path, config["data"]["tasks"])
+    for task in config["data"]["tasks"]:
+        task["epochs"] = 1  # scoring follows a task's last epoch, and a dry run has but one
+    once = tmp_path / f"{name}.yaml"
+    once.write_text(yaml.safe_dump(config))
+    order = ORDERS.get(f"{name}_order3")
+    scores = {}
+    monkeypatch.setattr(ContinualLM, "_log_scores", lambda module, values: scores.update(values))
+    monkeypatch.setattr(sys, "argv", ["agcl"])
+    monkeypatch.chdir(tmp_path)
+    main(
+        [
+            "fit",
+            *(argument for path in [BASE, once, *([order] if order else [])] for argument in ("--config", str(path))),
+            *("--model.model_name_or_path", str(roomy_model), "--data.data_dir", str(tmp_path)),
+            *("--trainer.fast_dev_run", "true", "--trainer.accelerator", "cpu", "--trainer.precision", "32-true"),
+        ]
+    )
+    metrics = {task["name"]: task.get("metric", "exact_match") for task in config["data"]["tasks"]}
+    names = written(order)["data"]["order"] if order else task_names(name)
+    wanted = [f"eval/{task}/{metrics[task]}" for task in names]
+    given = {key: value.item() for key, value in scores.items() if key in wanted}
+    assert list(given) == wanted
+    assert all(0 <= score <= 1 for score in given.values())
+
+
+@pytest.mark.parametrize("name", ["trace", "trace_reduced"])
+def test_placeholders_of_py150_are_replaced(name):
+    (task,) = [task for task in written(DATA[name])["data"]["tasks"] if task["name"] == "Py150"]
+    code = "f ( '<STR_LIT>' , <NUM_LIT> , <NUM_LIT:5> , '<STR_LIT:a\nb>' , '<CHAR_LIT>' ) "
+    assert Task(**task).compared(code) == "f ( '' , 0 , 5 , 'a\nb' , '' )"
