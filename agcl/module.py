@@ -1,6 +1,7 @@
 """The LightningModule that learns one task after another and scores all of them at each task boundary."""
 
 import math
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ from agcl.schedules import WarmupDecay
 from agcl.scoring import TaskScorer, answer_logits, token_nll
 
 SCORE, NLL = "score", "nll"
+# Of a batch, its answer logits (batch, length, vocabulary) and targets (batch, length; -100: no answer), a scalar.
+LossTerm = Callable[[dict[str, Any], Tensor, Tensor], Tensor]
 
 
 class ContinualLM(LightningModule):
@@ -72,6 +75,8 @@ class ContinualLM(LightningModule):
         self.model: Any = None
         # In plain containers, thus not submodules: they are saved with the run's state, not with the weights.
         self.score_matrices: dict[str, ScoreMatrix] = {}
+        self.loss_terms: dict[str, LossTerm] = {}
+        """Terms that methods add to the training loss, by the name they are logged under."""
         self._transfer: list[MetricCollection] = []
         self._scorers: list[TaskScorer] = []
         self._task_begun: int | None = None
@@ -191,7 +196,7 @@ class ContinualLM(LightningModule):
         return self.model(**inputs)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """Mean negative log-likelihood of the batch's answer tokens, in nats."""
+        """Mean negative log-likelihood of the batch's answer tokens, in nats, and the methods' ``loss_terms``."""
         logits, targets = answer_logits(self.model, batch)
         loss = token_nll(logits, targets).sum() / (targets != IGNORED_LABEL).sum()
         task = self.tasks[self.task_index].name
@@ -199,6 +204,10 @@ class ContinualLM(LightningModule):
         self.log("loss", loss.detach(), prog_bar=True, logger=False)
         self.log(f"train/{task}/loss", loss.detach())
         self.log(f"train/{task}/learning_rate", optimizer.param_groups[0]["lr"])  # type: ignore[union-attr]
+        for name, term in self.loss_terms.items():
+            value = term(batch, logits, targets)
+            self.log(f"train/{task}/{name}", value.detach())
+            loss = loss + value
         return loss
 
     # ----------------------------------------------------------------- scoring
