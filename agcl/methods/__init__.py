@@ -1,5 +1,6 @@
 """Published continual-learning methods on the same loop, to compare attribution-guided learning with."""
 
+from agcl.methods.agem import AGEM
 from agcl.methods.lwf import LwF
 
-__all__ = ["LwF"]
+__all__ = ["AGEM", "LwF"]

@@ -1,9 +1,12 @@
 """What the methods share: acting once at each task's start, also in resumed runs, and saying what they keep."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
+from torch import nn
 
 
 class TaskMethod(Callback, ABC):
@@ -43,3 +46,15 @@ class TaskMethod(Callback, ABC):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` gave."""
         self.task_begun = state_dict["task_begun"]
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Put the model in eval mode, and each of its modules back in the mode it was in."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

@@ -9,7 +9,7 @@ from torch.func import functional_call
 
 from agcl.data.tasks import IGNORED_LABEL
 from agcl.errors import AgclError
-from agcl.methods.interface import TaskMethod
+from agcl.methods.interface import TaskMethod, eval_mode
 from agcl.scoring import answer_logits
 
 
@@ -94,15 +94,9 @@ def teacher_logits(model: nn.Module, weights: dict[str, Tensor], batch: dict[str
         weights: By parameter name; those left out are the model's own.
         batch: As for `answer_logits`, whose logits are returned.
     """
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            named = {f"model.{name}": tensor for name, tensor in weights.items()}
-            return functional_call(_AnswerLogits(model), named, (batch,))
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    named = {f"model.{name}": tensor for name, tensor in weights.items()}
+    with eval_mode(model), torch.no_grad():
+        return functional_call(_AnswerLogits(model), named, (batch,))
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, targets: Tensor, temperature: float) -> Tensor:
