@@ -25,7 +25,7 @@ from agcl.metrics import (
     LearningAccuracy,
     ScoreMatrix,
 )
-from agcl.models import load_model, load_tokenizer
+from agcl.models import load_model, load_tokenizer, save_model
 from agcl.schedules import WarmupDecay
 from agcl.scoring import TaskScorer, answer_logits, token_nll
 
@@ -77,6 +77,8 @@ class ContinualLM(LightningModule):
         self.score_matrices: dict[str, ScoreMatrix] = {}
         self.loss_terms: dict[str, LossTerm] = {}
         """Terms that methods add to the training loss, by the name they are logged under."""
+        self.model_changes: list[Callable[[], None]] = []
+        """Called when the language model has been loaded: what methods change before there is an optimizer."""
         self._transfer: list[MetricCollection] = []
         self._scorers: list[TaskScorer] = []
         self._task_begun: int | None = None
@@ -120,6 +122,8 @@ class ContinualLM(LightningModule):
                 reason = " ".join(str(error).split())[:300]
                 raise AgclError(f"`adapter` {self.adapter} is no usable PEFT configuration: {reason}") from error
         self.model = model.train()
+        for change in self.model_changes:
+            change()
 
     def configure_optimizers(self) -> Any:
         """Optimizer and scheduler, stepped together; their fresh states are kept for the tasks to come."""
@@ -325,8 +329,8 @@ class ContinualLM(LightningModule):
         return {name: list(parameter.shape) for name, parameter in self.named_parameters()}
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the language model (or its adapter) and tokenizer in Hugging Face format."""
-        self.model.save_pretrained(folder)
+        """Write the language model (or its adapters, as one) and tokenizer in Hugging Face format."""
+        save_model(self.model, folder)
         self.tokenizer.save_pretrained(folder)
 
 

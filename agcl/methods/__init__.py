@@ -2,5 +2,6 @@
 
 from agcl.methods.agem import AGEM
 from agcl.methods.lwf import LwF
+from agcl.methods.olora import OLoRA
 
-__all__ = ["AGEM", "LwF"]
+__all__ = ["AGEM", "LwF", "OLoRA"]
