@@ -5,13 +5,14 @@ import logging
 import os
 import shutil
 import tempfile
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.constants import HF_HOME
-from peft import PeftModel
+from peft import PeftModel, PeftType
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from agcl.errors import AgclError
@@ -160,16 +161,23 @@ def load_tokenizer(
 def save_model(model: Any, folder: str | Path) -> None:
     """Write a model, or the adapter of a PEFT model, so that ``from_pretrained`` gives it back.
 
-    Several active adapters (LoRA) are written as one, whose rank is the sum of theirs and which computes their sum: PEFT
-    would write each into a folder of its own and activate one alone on loading. Draws from the default generator then.
+    Several active LoRA adapters are written as one, whose rank is the sum of theirs and which computes their sum: PEFT
+    would write each into a folder of its own and activate one alone on loading. It draws from the default generator.
+    OSF's factors are merged and the whole model is written: they belong to weights that change between tasks.
 
     Args:
         model: A transformers model, or a PEFT model around one. Left as it is.
         folder: Made if missing.
     """
-    if not isinstance(model, PeftModel) or len(model.active_adapters) == 1:
-        model.save_pretrained(folder)
-        return
+    if isinstance(model, PeftModel) and model.peft_type == PeftType.OSF:
+        model = deepcopy(model).merge_and_unload()  # OSF cannot undo merging
+    if isinstance(model, PeftModel) and len(model.active_adapters) > 1:
+        _save_sum(model, str(folder))
+    else:
+        model.save_pretrained(str(folder))
+
+
+def _save_sum(model: Any, folder: str) -> None:
     learning = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     active = list(model.active_adapters)
     model.add_weighted_adapter(active, [1.0] * len(active), "default", combination_type="cat")

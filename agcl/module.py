@@ -79,6 +79,8 @@ class ContinualLM(LightningModule):
         """Terms that methods add to the training loss, by the name they are logged under."""
         self.model_changes: list[Callable[[], None]] = []
         """Called when the language model has been loaded: what methods change before there is an optimizer."""
+        self.checkpoint_changes: list[Callable[[dict[str, Any]], None]] = []
+        """Called with a checkpoint before it is loaded: the model that methods expect to find in it."""
         self._transfer: list[MetricCollection] = []
         self._scorers: list[TaskScorer] = []
         self._task_begun: int | None = None
@@ -300,6 +302,8 @@ class ContinualLM(LightningModule):
         saved = checkpoint.get("agcl")
         if saved is None:
             raise AgclError("This checkpoint was not written by agcl: it holds no score matrix.")
+        for change in self.checkpoint_changes:
+            change(checkpoint)
         ours = self._shapes()
         for name in sorted(saved["shapes"].keys() | ours.keys()):
             if saved["shapes"].get(name) != ours.get(name):

@@ -3,5 +3,6 @@
 from agcl.methods.agem import AGEM
 from agcl.methods.lwf import LwF
 from agcl.methods.olora import OLoRA
+from agcl.methods.osf import OSF
 
-__all__ = ["AGEM", "LwF", "OLoRA"]
+__all__ = ["AGEM", "OSF", "LwF", "OLoRA"]

@@ -102,6 +102,6 @@ def orthogonality(pairs: Sequence[tuple[Tensor, Sequence[Tensor]]]) -> Tensor:
     return torch.stack([(torch.cat(list(old)) @ new.T).abs().sum() for new, old in pairs]).sum()
 
 
-def _down_projections(module: LoraLayer) -> dict[str, Tensor]:
+def _down_projections(module: LoraLayer) -> dict[str, Any]:
     """Adapter name -> ``A`` of a linear or an embedding layer."""
     return {name: linear.weight for name, linear in module.lora_A.items()} | dict(module.lora_embedding_A.items())
