@@ -54,7 +54,8 @@ class MIGU(TaskMethod):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Optimizer) -> None:
         """Mask what was accumulated for this step."""
         for module, magnitude in self._magnitudes.items():
-            updated = largest(magnitude, self.masked)
+            # Over several devices every one must mask the same.
+            updated = largest(trainer.strategy.reduce(magnitude, reduce_op="sum"), self.masked)  # type: ignore[arg-type]
             for parameter in module.parameters(recurse=False):
                 if parameter.grad is not None:
                     parameter.grad.mul_(along_outputs(updated, parameter, module))

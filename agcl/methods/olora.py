@@ -22,7 +22,8 @@ class OLoRA(TaskMethod):
 
     The pairs are PEFT adapters named ``task0``, ``task1``, ..., made from the model's ``adapter`` before the optimizer
     is built; those not being learned have no gradient, so that the optimizer passes them over. The saved model is one
-    adapter that holds them all (`agcl.models.save_model`). Kept between steps: the other tasks' pairs.
+    adapter that holds them all (`agcl.models.save_model`). Kept between steps: the other tasks' pairs. Over several
+    devices it needs ``trainer.strategy: ddp_find_unused_parameters_true``.
 
     Args:
         strength: Weight of the orthogonality; the authors' is 0.5.
