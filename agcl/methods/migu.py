@@ -55,7 +55,7 @@ class MIGU(TaskMethod):
         """Mask what was accumulated for this step."""
         for module, magnitude in self._magnitudes.items():
             # Over several devices every one must mask the same.
-            updated = largest(trainer.strategy.reduce(magnitude, reduce_op="sum"), self.masked)  # type: ignore[arg-type]
+            updated = largest(trainer.strategy.reduce(magnitude, reduce_op="sum"), self.masked)
             for parameter in module.parameters(recurse=False):
                 if parameter.grad is not None:
                     parameter.grad.mul_(along_outputs(updated, parameter, module))
