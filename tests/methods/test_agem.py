@@ -158,13 +158,6 @@ def test_resumed_run_equals_the_straight_one(gpt2_folder, task_files, tmp_path, 
     assert_resumes(gpt2_folder, task_files, tmp_path, lambda: AGEM(2, 2), every_n_steps, crash_at)
 
 
-@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
-def test_low_precision_runs(llama_folder, task_files, tmp_path, precision):
-    model, data = build(llama_folder, task_files)
-    trainer_for(data, tmp_path, [AGEM()], precision=precision).fit(model, datamodule=data)
-    assert all(parameter.isfinite().all() for parameter in model.parameters())
-
-
 def test_unusable_values_are_refused():
     with pytest.raises(AgclError, match="`rows_per_task` is 0"):
         AGEM(rows_per_task=0)
