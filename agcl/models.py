@@ -1,16 +1,18 @@
-"""Loading causal language models and their tokenizers: by hub name, local folder, GGUF file or built-in name."""
+"""Loading causal language models and tokenizers by hub name, local folder, GGUF file or built-in name; saving them."""
 
 import importlib.util
 import logging
 import os
 import shutil
 import tempfile
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.constants import HF_HOME
+from peft import PeftModel, PeftType
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from agcl.errors import AgclError
@@ -154,6 +156,36 @@ def load_tokenizer(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def save_model(model: Any, folder: str | Path) -> None:
+    """Write a model, or the adapter of a PEFT model, so that ``from_pretrained`` gives it back.
+
+    Several active LoRA adapters are written as one, whose rank is the sum of theirs and which computes their sum: PEFT
+    would write each into a folder of its own and activate one alone on loading. It draws from the default generator.
+    OSF's factors are merged and the whole model is written: they belong to weights that change between tasks.
+
+    Args:
+        model: A transformers model, or a PEFT model around one. Left as it is.
+        folder: Made if missing.
+    """
+    if isinstance(model, PeftModel) and model.peft_type == PeftType.OSF:
+        model = deepcopy(model).merge_and_unload()  # OSF cannot undo merging
+    if isinstance(model, PeftModel) and len(model.active_adapters) > 1:
+        _save_sum(model, str(folder))
+    else:
+        model.save_pretrained(str(folder))
+
+
+def _save_sum(model: Any, folder: str) -> None:
+    learning = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    active = list(model.active_adapters)
+    model.add_weighted_adapter(active, [1.0] * len(active), "default", combination_type="cat")
+    model.save_pretrained(folder, selected_adapters=["default"])
+    model.delete_adapter("default")
+    model.base_model.set_adapter(active)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(learning[name])
 
 
 def _gguf(gguf_file: str | None) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """The LightningModule that learns one task after another and scores all of them at each task boundary."""
 
 import math
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,13 @@ from agcl.metrics import (
     LearningAccuracy,
     ScoreMatrix,
 )
-from agcl.models import load_model, load_tokenizer
+from agcl.models import load_model, load_tokenizer, save_model
 from agcl.schedules import WarmupDecay
 from agcl.scoring import TaskScorer, answer_logits, token_nll
 
 SCORE, NLL = "score", "nll"
+# Of a batch, its answer logits (batch, length, vocabulary) and targets (batch, length; -100: no answer), a scalar.
+LossTerm = Callable[[dict[str, Any], Tensor, Tensor], Tensor]
 
 
 class ContinualLM(LightningModule):
@@ -74,6 +77,12 @@ class ContinualLM(LightningModule):
         self.model: Any = None
         # In plain containers, thus not submodules: they are saved with the run's state, not with the weights.
         self.score_matrices: dict[str, ScoreMatrix] = {}
+        self.loss_terms: dict[str, LossTerm] = {}
+        """Terms that methods add to the training loss, by the name they are logged under."""
+        self.model_changes: list[Callable[[], None]] = []
+        """Called when the language model has been loaded: what methods change before there is an optimizer."""
+        self.checkpoint_changes: list[Callable[[dict[str, Any]], None]] = []
+        """Called with a checkpoint before it is loaded: the model that methods expect to find in it."""
         self._transfer: list[MetricCollection] = []
         self._scorers: list[TaskScorer] = []
         self._task_begun: int | None = None
@@ -117,6 +126,8 @@ class ContinualLM(LightningModule):
                 reason = " ".join(str(error).split())[:300]
                 raise AgclError(f"`adapter` {self.adapter} is no usable PEFT configuration: {reason}") from error
         self.model = model.train()
+        for change in self.model_changes:
+            change()
 
     def configure_optimizers(self) -> Any:
         """Optimizer and scheduler, stepped together; their fresh states are kept for the tasks to come."""
@@ -196,7 +207,7 @@ class ContinualLM(LightningModule):
         return self.model(**inputs)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """Mean negative log-likelihood of the batch's answer tokens, in nats."""
+        """Mean negative log-likelihood of the batch's answer tokens, in nats, and the methods' ``loss_terms``."""
         logits, targets = answer_logits(self.model, batch)
         loss = token_nll(logits, targets).sum() / (targets != IGNORED_LABEL).sum()
         task = self.tasks.name_at(self.trainer.current_epoch)
@@ -204,6 +215,10 @@ class ContinualLM(LightningModule):
         self.log("loss", loss.detach(), prog_bar=True, logger=False)
         self.log(f"train/{task}/loss", loss.detach())
         self.log(f"train/{task}/learning_rate", optimizer.param_groups[0]["lr"])  # type: ignore[union-attr]
+        for name, term in self.loss_terms.items():
+            value = term(batch, logits, targets)
+            self.log(f"train/{task}/{name}", value.detach())
+            loss = loss + value
         return loss
 
     # ----------------------------------------------------------------- scoring
@@ -293,6 +308,8 @@ class ContinualLM(LightningModule):
         saved = checkpoint.get("agcl")
         if saved is None:
             raise AgclError("This checkpoint was not written by agcl: it holds no score matrix.")
+        for change in self.checkpoint_changes:
+            change(checkpoint)
         ours = self._shapes()
         for name in sorted(saved["shapes"].keys() | ours.keys()):
             if saved["shapes"].get(name) != ours.get(name):
@@ -328,8 +345,8 @@ class ContinualLM(LightningModule):
         return {name: list(parameter.shape) for name, parameter in self.named_parameters()}
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the language model (or its adapter) and tokenizer in Hugging Face format."""
-        self.model.save_pretrained(folder)
+        """Write the language model (or its adapters, as one) and tokenizer in Hugging Face format."""
+        save_model(self.model, folder)
         self.tokenizer.save_pretrained(folder)
 
 

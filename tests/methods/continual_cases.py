@@ -1,0 +1,57 @@
+"""What the methods' tests share: a batch, and a run that is killed and gone on with."""
+
+import pytest
+import torch
+from helpers import EPOCHS, build, trainer_for, weights
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from agcl.data.tasks import collate
+
+
+class CrashError(RuntimeError):
+    """Stands for a killed process."""
+
+
+class CrashAt(Callback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == self.step:
+            raise CrashError
+
+
+def batch_of(data, task_index=0):
+    data.setup()
+    return collate(list(data.training_rows(task_index)), pad_token_id=data.tokenizer.pad_token_id)
+
+
+def assert_resumes(folder, files, run_dir, method, every_n_steps, crash_at, trainer_options=None, **options):
+    """A run killed at step `crash_at` and resumed from its newest checkpoint ends like one that was not."""
+    trainer_options = trainer_options or {}
+    straight, data = build(folder, files, **options)
+    straight_method = method()
+    trainer_for(data, run_dir / "straight", [straight_method], **trainer_options).fit(straight, datamodule=data)
+
+    model, data = build(folder, files, **options)
+    when = {"every_n_train_steps": every_n_steps} if every_n_steps else {"every_n_epochs": 1}
+    saving = ModelCheckpoint(run_dir / "checkpoints", save_top_k=-1, filename="{step}", **when)
+    with pytest.raises(CrashError):
+        trainer_for(
+            data, run_dir, [method(), CrashAt(crash_at), saving], enable_checkpointing=True, **trainer_options
+        ).fit(model, datamodule=data)
+    newest = max((run_dir / "checkpoints").glob("*.ckpt"), key=lambda path: int(path.stem.split("=")[1]))
+
+    model, data = build(folder, files, **options)
+    resumed_method = method()
+    trainer = trainer_for(data, run_dir / "resumed", [resumed_method], **trainer_options)
+    trainer.fit(model, datamodule=data, ckpt_path=newest)
+    assert trainer.global_step == 6 * EPOCHS
+    resumed = weights(model)
+    assert resumed.keys() == weights(straight).keys()
+    for name, parameter in weights(straight).items():
+        assert torch.equal(parameter, resumed[name]), name
+    for name, matrix in straight.score_matrices.items():
+        assert torch.equal(matrix.compute(), model.score_matrices[name].compute()), name
+    assert straight_method.extra_bytes() == resumed_method.extra_bytes()

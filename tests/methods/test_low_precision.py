@@ -1,0 +1,23 @@
+"""The methods run in bfloat16, mixed and true, with clipping."""
+
+import pytest
+from helpers import build, trainer_for
+
+from agcl.methods import AGEM, MIGU, OSF, LwF, OLoRA
+
+CASES = {
+    "lwf": (LwF, None),
+    "agem": (AGEM, None),
+    "migu": (MIGU, None),
+    "olora": (OLoRA, {"peft_type": "LORA", "r": 2, "target_modules": "all-linear"}),
+    "osf": (OSF, {"peft_type": "OSF", "effective_rank": 1, "target_modules": "all-linear"}),
+}
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+@pytest.mark.parametrize("name", CASES)
+def test_methods_run_in_low_precision(name, precision, llama_folder, task_files, tmp_path):
+    method, adapter = CASES[name]
+    model, data = build(llama_folder, task_files[:2], adapter=adapter)
+    trainer_for(data, tmp_path, [method()], precision=precision, gradient_clip_val=1.0).fit(model, datamodule=data)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
