@@ -241,8 +241,8 @@ def normalise(scores: dict[str, Tensor], config: ImportanceConfig, bits: Bits = 
         bits: 8 for uint8, 16 for uint16. Top-K scores of unscaled relevance are bfloat16 means, no finer than 8 bits.
 
     Returns:
-        Name to uint8 or uint16 tensor of the same shape and device; `levels.dequantise` gives [0, 1]. A score of zero has
-        importance zero.
+        Name to uint8 or uint16 tensor of the same shape and device; `levels.dequantise` gives [0, 1]. A score of zero
+        has importance zero.
 
     Raises:
         AgclError: If a score is negative or not finite; the message names the parameter.
@@ -294,7 +294,9 @@ def _yardstick(rows: Tensor, config: ImportanceConfig, bits: Bits) -> Tensor:
     """What the entries of a row are compared with: its quantile, (rows, 1), or its rank steps, (rows, steps)."""
     # NumPy's vectorised sort is about 17 times as fast as torch's on a CPU and makes no int64 indices.
     ordered = torch.from_numpy(np.sort(rows.cpu().numpy(), axis=1))
-    return _rank_steps(ordered, MAX_LEVEL[bits]) if config.normalisation == "rank" else _row_quantile(ordered, config.quantile)
+    if config.normalisation == "rank":
+        return _rank_steps(ordered, MAX_LEVEL[bits])
+    return _row_quantile(ordered, config.quantile)
 
 
 def _compare(rows: Tensor, yardstick: Tensor, config: ImportanceConfig, bits: Bits) -> Tensor:

@@ -126,8 +126,8 @@ class RunningMerge:
         """Take in the importance of one more task; neither changed nor kept.
 
         Args:
-            importance: Name to uint8 or uint16 tensor (an open file is read a tensor at a time), shapes as before; names
-                may be new or missing. A new name's state is on its tensor's device.
+            importance: Name to uint8 or uint16 tensor, shapes as before; names may be new or missing. An open file is
+                read a tensor at a time. What is held of a new name is on its tensor's device.
 
         Raises:
             AgclError: If a shape or dtype does not fit, or a mean has had 257 tasks (of 16 bits: 32768); nothing is

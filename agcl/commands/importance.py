@@ -30,7 +30,8 @@ from agcl.plots import (
 
 _OF_THE_FORMAT = ("format", "format_version", "bits", "agcl_version")
 _OF_THE_TASK = ("task", "tasks", "merged")
-_SETTINGS = ("model", "estimator", "rule", "score", "sign", "normalisation", "scope", "quantile", "top_k", "alpha")
+_HOW = ("source", "estimator", "rule", "score")
+_SETTINGS = ("model", *_HOW, "sign", "normalisation", "scope", "quantile", "top_k", "alpha")
 
 
 def show(file: Path, *, figure: Path | None = None, overwrite: bool = False) -> None:

@@ -1,6 +1,7 @@
 """Serving a sequence of tasks to one ``Trainer.fit``."""
 
 from collections.abc import Iterator, Sequence
+from copy import copy
 from functools import partial
 from itertools import islice
 from typing import Any, Literal
@@ -175,6 +176,18 @@ class ContinualDataModule(LightningDataModule):
         rows = self._train_rows[task_index]
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + task_index)
         return rows.select(torch.randperm(len(rows), generator=generator)[:count].tolist())
+
+    def single_task(self, task_index: int) -> "ContinualDataModule":
+        """A data module of one task's training rows alone, set up already; nothing is scored.
+
+        Args:
+            task_index: 0-based.
+        """
+        single = copy(self)
+        single.trainer = None
+        single.tasks = TaskSequence([self.tasks[task_index]])
+        single._train_rows, single._evaluations = [self._train_rows[task_index]], []
+        return single
 
     def train_dataloader(self) -> DataLoader:
         """Batches of the task that the present epoch belongs to, rows of like length together."""
