@@ -105,15 +105,23 @@ def gather_from_single_task(
     Returns:
         As :meth:`Gatherer.gather`, which describes the model trained here.
     """
-    at_end = _AtTaskEnd(replace(gatherer, estimator=deepcopy(gatherer.estimator)), initial)
+    own_gatherer = replace(gatherer, estimator=deepcopy(gatherer.estimator))
     with isolate_rng(), _quiet():
         # The seed that Lightning's seed_everything was last called with, if it was.
         torch.manual_seed(int(os.environ.get("PL_GLOBAL_SEED", gatherer.seed)))
-        data = trainer.datamodule.single_task(task_index)  # type: ignore[attr-defined]
-        _trainer_like(trainer, pl_module.device, data, at_end).fit(_untrained(pl_module), datamodule=data)
-    gc.collect()  # module and Trainer refer to each other
+        found = _train_alone(trainer, pl_module, task_index, own_gatherer, initial)
+    gc.collect()  # module, data, callback and Trainer refer to each other, but nothing here to any of them
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    return found
+
+
+def _train_alone(
+    trainer: Trainer, pl_module: Any, task_index: int, gatherer: Gatherer, initial: InitialModel
+) -> Gathered | None:
+    at_end = _AtTaskEnd(gatherer, initial)
+    data = trainer.datamodule.single_task(task_index)  # type: ignore[attr-defined]
+    _trainer_like(trainer, pl_module.device, data, at_end).fit(_untrained(pl_module), datamodule=data)
     return at_end.found
 
 
