@@ -720,3 +720,13 @@ def test_flattened_has_the_same_mean():
     assert flattened({"a": torch.tensor([0.2, 0.4])})["a"].tolist() == pytest.approx([0.3, 0.3])
     with pytest.raises(AgclError, match="`scope` is 'row'"):
         flattened(importance, "row")
+
+
+@pytest.mark.parametrize("moves", [True, False])
+def test_importance_moves_to_the_parameters_device_or_stays(moves):
+    """The meta device stands for another one."""
+    parameter = nn.Parameter(torch.empty(3, device="meta"))
+    given = torch.tensor([0, 1, 255], dtype=torch.uint8)
+    gate = UpdateGate([("w", parameter)], {"w": given}, moves_importance=moves)
+    assert gate._gated[id(parameter)].local_importance(parameter).device.type == "meta"
+    assert {tensor.device.type for tensor in gate.held_importance()} == {"meta" if moves else "cpu"}

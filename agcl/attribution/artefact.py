@@ -15,6 +15,9 @@ Metadata are strings. `save_importance` adds the first four, whoever computes th
 ``model``                            Name or path of the model, as its user gave it.
 ``fingerprint``                      :func:`fingerprint` of the weights that the importance was computed on.
 ``task``                             The task's name. In a merged file ``tasks`` instead: a JSON list of names.
+``source``                           The model it was computed on: ``running``, the one that learns all tasks, or
+                                     ``single_task``, one that learned this task alone.
+``reestimated_after``                Name of the later task after which it was computed anew from kept rows.
 ``merged``                           How they were merged: ``maximum``, ``mean`` or ``probabilistic_or``.
 ``estimator``                        What scored the weights: ``LRP``, ``Fisher``, ...
 ``rule``, ``score``                  Its options, as far as it has them: ``attnlrp``, ``relevance``, ...

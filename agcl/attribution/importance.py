@@ -5,7 +5,8 @@ of its K largest values over the samples, and keeps the running maximum of that 
 steps for one task are here (`ImportanceConfig.paper`), beside the normalisations that carried more signal in this
 project's measurements; `agcl.attribution.merging` goes over the tasks, `agcl.attribution.artefact` stores.
 
-Importance is uint8 fixed point, ``value / 255``: one byte per weight, 0 and 1 exact, at most 1/510 off between.
+Importance is uint8 fixed point, ``value / 255``: one byte per weight, 0 and 1 exact, at most 1/510 off between; on
+request uint16, ``value / 65535``.
 """
 
 import math
@@ -20,14 +21,13 @@ from torch import Tensor
 
 from ..errors import AgclError
 from .accumulators import Accumulator, BlockMaximaMean, Mean, MeanOfSeen, TopKMean
-from .levels import MAX_LEVEL
+from .levels import DTYPES, MAX_LEVEL, Bits
 
 Sign = Literal["positive", "absolute"]
 Normalisation = Literal["log", "rank", "quantile", "none"]
 Scope = Literal["row", "tensor", "layer", "model"]
 TopKMethod = Literal["exact", "blocks"]
 
-_MAX_LEVEL = MAX_LEVEL[8]
 _MODEL_SAMPLE_ENTRIES = 2**24
 _TINY_RELEVANCE = 1e-30  # alpha / _TINY_RELEVANCE is still a finite float32
 _CPU_CHUNK, _DEVICE_CHUNK = 2**18, 2**24  # entries: temporaries stay in cache; few kernel launches
@@ -231,8 +231,8 @@ def _chunk_entries(tensor: Tensor) -> int:
 
 
 @torch.no_grad()
-def normalise(scores: dict[str, Tensor], config: ImportanceConfig) -> dict[str, Tensor]:
-    """Turn scores into importance in [0, 1], stored as uint8 fixed point rounded to nearest.
+def normalise(scores: dict[str, Tensor], config: ImportanceConfig, bits: Bits = 8) -> dict[str, Tensor]:
+    """Turn scores into importance in [0, 1], stored as fixed point rounded to nearest.
 
     Scores are sorted on the CPU, a tensor at a time. Scopes ``"layer"`` and ``"model"`` are exact up to 2^24 = 16.8
     million entries; larger ones are judged by a fixed pseudo-random sample of about that many, which places a rank
@@ -244,10 +244,11 @@ def normalise(scores: dict[str, Tensor], config: ImportanceConfig) -> dict[str, 
             full-precision copy of the model exists.
         config: Of which ``normalisation``, ``scope`` and ``quantile`` matter here. Under ``"log"`` scores are in [0,
             1].
+        bits: 8 for uint8, 16 for uint16. Top-K scores of unscaled relevance are bfloat16 means, no finer than 8 bits.
 
     Returns:
-        Name to uint8 tensor of the same shape and device; `levels.dequantise` gives [0, 1]. A score of zero has
-        importance zero.
+        Name to uint8 or uint16 tensor of the same shape and device; `levels.dequantise` gives [0, 1]. A score of zero
+        has importance zero.
 
     Raises:
         AgclError: If a score is negative or not finite; the message names the parameter.
@@ -256,22 +257,23 @@ def normalise(scores: dict[str, Tensor], config: ImportanceConfig) -> dict[str, 
         if score.numel() and not (score.min() >= 0 and score.max() < torch.inf):
             raise AgclError(f"Score of `{name}` is negative or not finite; check the model's loss and precision.")
     takes_as_is = config.normalisation in ("log", "none")
-    yardsticks = {} if takes_as_is else _shared_yardsticks(scores, config)
+    yardsticks = {} if takes_as_is else _shared_yardsticks(scores, config, bits)
     importance = {}
     for name in list(scores):
         score = scores.pop(name).float().contiguous()
         rows = score.flatten(1) if config.scope == "row" and score.ndim > 1 else score.view(1, -1)
         if not score.numel():
-            levels = rows.to(torch.uint8)
+            levels = rows.to(DTYPES[bits])
         elif takes_as_is:
-            levels = _quantise(rows.clamp_(0, 1))
+            levels = _quantise(rows.clamp_(0, 1), bits)
         else:
-            levels = _compare(rows, yardsticks[name] if name in yardsticks else _yardstick(rows, config), config)
+            yardstick = yardsticks[name] if name in yardsticks else _yardstick(rows, config, bits)
+            levels = _compare(rows, yardstick, config, bits)
         importance[name] = levels.view(score.shape)
     return importance
 
 
-def _shared_yardsticks(scores: Mapping[str, Tensor], config: ImportanceConfig) -> dict[str, Tensor]:
+def _shared_yardsticks(scores: Mapping[str, Tensor], config: ImportanceConfig, bits: Bits) -> dict[str, Tensor]:
     """Name -> yardstick, where parameters are compared with each other; none for scopes within a tensor."""
     groups: dict[str, dict[str, Tensor]] = {}
     if config.scope in ("layer", "model"):
@@ -279,7 +281,7 @@ def _shared_yardsticks(scores: Mapping[str, Tensor], config: ImportanceConfig) -
             groups.setdefault(layer_group(name) if config.scope == "layer" else "", {})[name] = score
     found: dict[str, Tensor] = {}
     for group in groups.values():
-        found |= dict.fromkeys(group, _yardstick(_spread_sample(group), config))
+        found |= dict.fromkeys(group, _yardstick(_spread_sample(group), config, bits))
     return found
 
 
@@ -294,18 +296,25 @@ def layer_group(name: str) -> str:
     return found[0] if found else name
 
 
-def _yardstick(rows: Tensor, config: ImportanceConfig) -> Tensor:
-    """What the entries of a row are compared with: its quantile, (rows, 1), or where its ranks step up, (rows, 255)."""
+def _yardstick(rows: Tensor, config: ImportanceConfig, bits: Bits) -> Tensor:
+    """What the entries of a row are compared with: its quantile, (rows, 1), or its rank steps, (rows, steps)."""
     # NumPy's vectorised sort is about 17 times as fast as torch's on a CPU and makes no int64 indices.
     ordered = torch.from_numpy(np.sort(rows.cpu().numpy(), axis=1))
-    return _rank_steps(ordered) if config.normalisation == "rank" else _row_quantile(ordered, config.quantile)
-
-
-def _compare(rows: Tensor, yardstick: Tensor, config: ImportanceConfig) -> Tensor:
-    yardstick = yardstick.to(rows.device)
     if config.normalisation == "rank":
-        return torch.searchsorted(yardstick, rows, out_int32=True).to(torch.uint8)
-    return _quantise(rows.div_(rows + yardstick))
+        return _rank_steps(ordered, MAX_LEVEL[bits])
+    return _row_quantile(ordered, config.quantile)
+
+
+def _compare(rows: Tensor, yardstick: Tensor, config: ImportanceConfig, bits: Bits) -> Tensor:
+    yardstick = yardstick.to(rows.device)
+    if config.normalisation == "quantile":
+        return _quantise(rows.div_(rows + yardstick), bits)
+    num_below, num_steps = torch.searchsorted(yardstick, rows, out_int32=True), yardstick.shape[1]
+    if num_steps < MAX_LEVEL[bits]:  # a step for each entry, not for each level
+        # round(largest level * num_below / num_steps) in integers, halves up.
+        doubled = num_below.long().mul_(2 * MAX_LEVEL[bits]).add_(num_steps)
+        num_below = doubled.div_(2 * num_steps, rounding_mode="floor")
+    return num_below.to(DTYPES[bits])
 
 
 def _spread_sample(scores: Mapping[str, Tensor]) -> Tensor:
@@ -333,17 +342,20 @@ def _row_quantile(ordered: Tensor, quantile: float) -> Tensor:
     return ordered.gather(1, index).masked_fill_(num_nonzero == 0, 1.0)
 
 
-def _rank_steps(ordered: Tensor) -> Tensor:
-    """The 255 values of each row where round(255 * fraction strictly below) steps up, shape (rows, 255); exact.
+def _rank_steps(ordered: Tensor, max_level: int) -> Tensor:
+    """The values of each row where round(max_level * fraction strictly below) steps up, (rows, max_level); exact.
 
-    The level is at least j where at least ``c = ceil(n (2 j - 1) / 510)`` entries are smaller, that is where the value
-    exceeds the c-th smallest.
+    The level is at least j where at least ``c = ceil(n (2 j - 1) / (2 max_level))`` entries are smaller, that is where
+    the value exceeds the c-th smallest. A row of no more entries than levels is its own steps.
     """
     num_columns = ordered.shape[1]
-    counts = [-(-num_columns * (2 * level - 1) // (2 * _MAX_LEVEL)) for level in range(1, _MAX_LEVEL + 1)]
-    return ordered[:, torch.tensor(counts) - 1]
+    if num_columns <= max_level:
+        return ordered
+    levels = torch.arange(1, max_level + 1)
+    counts = -(-num_columns * (2 * levels - 1)).div(2 * max_level, rounding_mode="floor")
+    return ordered[:, counts - 1]
 
 
-def _quantise(values: Tensor) -> Tensor:
+def _quantise(values: Tensor, bits: Bits) -> Tensor:
     """As `levels.quantise` for what is in [0, 1] by construction; overwrites ``values`` instead of copying them."""
-    return values.mul_(_MAX_LEVEL).round_().to(torch.uint8)
+    return values.mul_(MAX_LEVEL[bits]).round_().to(DTYPES[bits])

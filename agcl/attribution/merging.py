@@ -9,7 +9,8 @@ With ``s_i`` in [0, 1] the importance that task ``i`` of ``T`` gives a weight:
 A parameter that only some tasks have counts as 0 in the others; a mean still divides by all of them.
 
 What is kept while merging is small: the levels themselves for the maximum; the sum of the levels for the mean, exact in
-uint16 for up to 257 tasks of 8 bits; the product of the complements, rounded to uint16, for the third. The result is
+uint16 for up to 257 tasks of 8 bits and in int32 for up to 32768 of 16; the product of the complements, rounded to
+uint16, for the third. The result is
 rounded to nearest, so that against exact arithmetic it is off by at most
 
 - ``maximum``: 0;
@@ -19,7 +20,7 @@ rounded to nearest, so that against exact arithmetic it is off by at most
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor
@@ -30,7 +31,11 @@ from .levels import DTYPES, MAX_LEVEL, WIDENING, Bits, bits_of, chunks
 
 How = Literal["maximum", "mean", "probabilistic_or"]
 
-MAX_MEAN_TASKS = WIDENING  # 257 * 255 = 65535: as many levels of 8 bits as a uint16 can sum
+_LARGEST_SUM = {torch.uint16: 2**16 - 1, torch.int32: 2**31 - 1, torch.int64: 2**63 - 1}
+MAX_MEAN_TASKS: dict[Bits, int] = {  # of a running mean: as many levels as two bytes can sum, or four
+    8: _LARGEST_SUM[torch.uint16] // MAX_LEVEL[8],
+    16: _LARGEST_SUM[torch.int32] // MAX_LEVEL[16],
+}
 
 
 def merge(importances: Sequence[Mapping[str, Tensor]], how: How = "maximum", bits: Bits | None = None) -> "Merged":
@@ -94,12 +99,13 @@ class Merged(LazyImportance):
 
 
 class RunningMerge:
-    """The merge over the tasks so far, for a training loop: importance of 8 bits, one task after another.
+    """The merge over the tasks so far, for a training loop: one task's importance after another.
 
-    It holds one byte per weight for the maximum, two for the others.
+    Bytes held per weight: for the maximum one, of 16 bits two; for the mean two, of 16 bits four; for the third two.
 
     Args:
         how: See the module's docstring.
+        bits: Of the importance taken in and given out, 8 or 16.
 
     Example:
         >>> running = RunningMerge("mean")
@@ -109,9 +115,10 @@ class RunningMerge:
         {'weight': tensor([  0, 150], dtype=torch.uint8)}
     """
 
-    def __init__(self, how: How = "maximum") -> None:
+    def __init__(self, how: How = "maximum", bits: Bits = 8) -> None:
         _check_how(how)
         self.how: How = how
+        self.bits: Bits = bits
         self.num_tasks = 0
         self._state: dict[str, Tensor] = {}
 
@@ -119,44 +126,57 @@ class RunningMerge:
         """Take in the importance of one more task; neither changed nor kept.
 
         Args:
-            importance: Name to uint8 tensor, shapes as before; names may be new or missing.
+            importance: Name to uint8 or uint16 tensor, shapes as before; names may be new or missing. An open file is
+                read a tensor at a time. What is held of a new name is on its tensor's device.
 
         Raises:
-            AgclError: If a shape or dtype does not fit, or a mean has had 257 tasks; nothing is changed then.
+            AgclError: If a shape or dtype does not fit, or a mean has had 257 tasks (of 16 bits: 32768); nothing is
+                changed then.
         """
-        if self.how == "mean" and self.num_tasks == MAX_MEAN_TASKS:
-            raise AgclError(f"A running mean is over at most {MAX_MEAN_TASKS} tasks; use `maximum`.")
+        max_tasks = MAX_MEAN_TASKS[self.bits]
+        if self.how == "mean" and self.num_tasks == max_tasks:
+            raise AgclError(f"A running mean is over at most {max_tasks} tasks; use `maximum`.")
         shapes = shapes_of(importance)
-        if shapes and common_bits(importance) != 8:
-            raise AgclError("A running merge takes importance of 8 bits (torch.uint8), not of 16.")
+        if shapes and (bits := common_bits(importance)) != self.bits:
+            raise AgclError(f"This running merge takes importance of {self.bits} bits, not of {bits} bits.")
         for name, shape in shapes.items():
             if name in self._state:
                 _check_shape(name, tuple(self._state[name].shape), shape)
         for name in shapes:
             levels = importance[name]
             if name not in self._state:
-                self._state[name] = _new_state(self.how, levels, 8, MAX_MEAN_TASKS)
+                self._state[name] = _new_state(self.how, levels, self.bits, max_tasks)
             state = self._state[name]
-            _take_in(self.how, state, levels.to(state.device), 8)
+            _take_in(self.how, state, levels.to(state.device), self.bits)
         self.num_tasks += 1
 
     def importance(self) -> dict[str, Tensor]:
-        """Merged importance so far: name to uint8 tensor; empty before the first task.
+        """Merged importance so far: name to uint8 or uint16 tensor; empty before the first task.
 
         Under ``maximum`` these are the tensors held, which the next update changes; under the others they are new.
         """
-        return {name: _result(self.how, state, self.num_tasks, 8, 8) for name, state in self._state.items()}
+        bits = self.bits
+        return {name: _result(self.how, state, self.num_tasks, bits, bits) for name, state in self._state.items()}
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move what is held to a device; a checkpoint brings it to the CPU."""
+        self._state = {name: state.to(device) for name, state in self._state.items()}
+        return self
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must hold; the tensors are not copied."""
-        return {"how": self.how, "num_tasks": self.num_tasks, "state": dict(self._state)}
+        return {"how": self.how, "bits": self.bits, "num_tasks": self.num_tasks, "state": dict(self._state)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` gave.
 
         Raises:
-            AgclError: If it is the state of another way to merge.
+            AgclError: If it is the state of another way to merge, or of other bits.
         """
+        if state_dict["bits"] != self.bits:
+            raise AgclError(
+                f"The importance so far was merged in {state_dict['bits']} bits, not in {self.bits}; keep to it."
+            )
         if state_dict["how"] != self.how:
             raise AgclError(
                 f"The importance so far was merged by `{state_dict['how']}`, not by `{self.how}`; keep to it."
@@ -187,7 +207,7 @@ def _new_state(how: How, levels: Tensor, bits: Bits, max_tasks: int) -> Tensor:
         return torch.full(levels.shape, MAX_LEVEL[16], dtype=torch.uint16, device=levels.device)
     dtype = DTYPES[bits]
     if how == "mean":
-        dtype = torch.uint16 if bits == 8 and max_tasks <= MAX_MEAN_TASKS else torch.int64
+        dtype = next(dtype for dtype, largest in _LARGEST_SUM.items() if max_tasks * MAX_LEVEL[bits] <= largest)
     return torch.zeros(levels.shape, dtype=dtype, device=levels.device)
 
 

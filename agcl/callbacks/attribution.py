@@ -1,27 +1,26 @@
 """Importance of every weight at each task boundary, and the gate that protects it while the next task is learned."""
 
-import re
-import shutil
 import time
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor, nn
-from tqdm.auto import tqdm
+from torch import Tensor
 
-from agcl.attribution.artefact import check_importance, save_importance
-from agcl.attribution.estimators import LRP, Estimator, Evidence
-from agcl.attribution.fingerprints import fingerprint
-from agcl.attribution.importance import ImportanceConfig, normalise
-from agcl.attribution.merging import How, RunningMerge
-from agcl.attribution.passes import Sample
-from agcl.data.samples import training_samples
+from agcl.attribution.artefact import check_importance
+from agcl.attribution.estimators import LRP, Estimator
+from agcl.attribution.importance import ImportanceConfig
+from agcl.attribution.levels import Bits
+from agcl.attribution.merging import How
+from agcl.callbacks.gathering import Gatherer
+from agcl.callbacks.importance_so_far import ImportanceSoFar, Place
+from agcl.callbacks.single_task import InitialModel, check_single_task, gather_from_single_task
 from agcl.errors import AgclError
 from agcl.gating import GradientGate, UpdateGate, cancels_gradient_gate, choose_gate, flattened, shuffled
+
+Source = Literal["running", "single_task"]
 
 
 class AttributionCallback(Callback):
@@ -32,17 +31,34 @@ class AttributionCallback(Callback):
     tasks'. While the next task is learned, each weight moves by ``(1 - importance) ** strength`` of what it would
     have.
 
+    Kept between steps, in bytes per weight of 8 bits: 1 for the merged importance, which the gate shares (``merge:
+    mean`` and ``probabilistic_or``: 2, and 1 for the gate; ``control: shuffled``: 1 more); `extra_bytes` counts. At a
+    boundary the scores of one task take 4 more, ``importance.top_k`` twice as many as K.
+
+    With ``reestimate``, **rows of old tasks are kept, so that the method is no longer data-free**. At each boundary,
+    every old task's importance is computed anew on the present model from its kept rows that are answered correctly,
+    and the merge is made anew. A task of which no kept row is answered correctly keeps the importance it had. No memory
+    is taken for that: it is read from the task's file, a tensor at a time. On disk, each old task leaves a file more at
+    each boundary, ``T (T + 1) / 2`` bytes per weight after T tasks, since an earlier checkpoint may be resumed from.
+
     Args:
         gate: ``gradient`` rescales gradients by backward hooks (the paper; cancelled by Adam-like optimizers),
             ``update`` rescales the optimizer's whole step, ``auto`` picks what protects under the optimizer in use.
         estimator: What scores the weights, from ``agcl.attribution.estimators``: ``LRP`` (the paper's; the default),
             ``GradientWeight``, ``Fisher``, ``EmpiricalFisher``, ``MAS``, ``SPG``, ``Wanda``, ``Magnitude``, ``Change``,
             ``Random``, or one's own.
+        source: The model that importance is computed on: ``running``, the one that learns all tasks, or
+            ``single_task``, a model trained for it from the initial one on that task alone (one more training of each
+            task, and memory for a second model meanwhile; on one device).
         num_samples: Rows, answered correctly, that each task's importance is computed from.
         batch_size: Rows that are run together; None means as many as in training.
         per_sample: Whether each row counts as one draw, or the sum over a batch does, which is cheaper.
         importance: How scores over samples become importance: sign, normalisation and its scope, K, alpha.
+        importance_bits: Of importance in files, merge and gate: 8, or 16, which take twice the memory.
+        importance_on: ``device``: beside the weights. ``host``: in host memory, from where each parameter's is copied
+            over at each step, which takes time.
         merge: Over tasks: ``maximum`` (the paper), ``mean`` or ``probabilistic_or``.
+        reestimate: Training rows kept of each old task to re-estimate its importance; 0 keeps none.
         strength: Exponent of the plasticity; 1 is the paper's linear gate, 0 no gate.
         parameters: Regular expression; only parameters whose name it is found in are attributed and gated.
         control: ``shuffled`` permutes the importance within each tensor, ``flattened`` makes it uniform: gates of equal
@@ -58,48 +74,68 @@ class AttributionCallback(Callback):
         self,
         gate: Literal["auto", "gradient", "update"] = "auto",
         estimator: Estimator | None = None,
+        source: Source = "running",
         num_samples: int = 16,
         batch_size: int | None = None,
         per_sample: bool = True,
         importance: ImportanceConfig = ImportanceConfig(),  # noqa: B008 (immutable)
+        importance_bits: Bits = 8,
+        importance_on: Place = "device",
         merge: How = "maximum",
+        reestimate: int = 0,
         strength: float = 1.0,
         parameters: str = "",
         control: Literal["none", "shuffled", "flattened"] = "none",
         seed: int = 0,
     ) -> None:
-        if num_samples < 1:
-            raise AgclError(f"`num_samples` is {num_samples}; importance needs at least one row.")
-        if batch_size is not None and batch_size < 1:
-            raise AgclError(f"`batch_size` is {batch_size}; choose 1 or more, or leave it out.")
         if strength < 0:
             raise AgclError(f"`strength` is {strength}; choose 0 (no gate) or more.")
-        try:
-            self._pattern = re.compile(parameters)
-        except re.error as error:
-            raise AgclError(f"`parameters` is not a regular expression: {parameters!r} ({error}).") from error
+        for option, value, allowed in (("source", source, Source), ("importance_on", importance_on, Place)):
+            if value not in get_args(allowed):
+                raise AgclError(f"`{option}` is {value!r}; choose one of {', '.join(map(repr, get_args(allowed)))}.")
+        estimator = LRP() if estimator is None else estimator
+        _check_reestimate(reestimate, source, estimator)
         self.gate = gate
-        self.estimator = LRP() if estimator is None else estimator
-        self.num_samples = num_samples
-        self.batch_size = batch_size
-        self.per_sample = per_sample
-        self.config = importance
+        self.source = source
+        self.estimator = estimator
+        self.importance_on = importance_on
+        self.reestimate = reestimate
         self.strength = strength
         self.control = control
         self.seed = seed
-        self._merged = RunningMerge(merge)
-        self.files: dict[str, str] = {}
-        """Task name -> file with that task's own importance."""
+        self._gatherer = Gatherer(
+            estimator, num_samples, batch_size, per_sample, importance, importance_bits, parameters, seed
+        )
+        self._so_far = ImportanceSoFar(merge, importance_bits, importance_on, needs_files=reestimate > 0)
+        self._initial: InitialModel | None = None
         self.num_boundaries = 0
         """Number of task boundaries passed, those included where nothing was answered correctly."""
         self._attached: GradientGate | UpdateGate | None = None
 
     @property
     def importance(self) -> dict[str, Tensor]:
-        """Merged importance of the tasks learned: parameter name -> uint8 fixed point (value / 255)."""
-        return self._merged.importance()
+        """Merged importance of the tasks learned: parameter name -> fixed point (uint8 / 255 or uint16 / 65535)."""
+        return self._so_far.merged()
+
+    @property
+    def files(self) -> dict[str, str]:
+        """Task name -> file with that task's own importance, the latest if it was re-estimated."""
+        return self._so_far.files
+
+    def extra_bytes(self) -> int:
+        """Bytes of tensors that are kept between steps beyond plain fine-tuning; shared memory counts once."""
+        held = [*_tensors(self.state_dict()), *(self._attached.held_importance() if self._attached else ())]
+        return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in held}.values())
 
     # --------------------------------------------------------------- life cycle
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Check what a model of each task's own would be made from."""
+        if stage == "fit" and self.source == "single_task" and pl_module.model is not None:
+            raise AgclError(
+                "`source: single_task` trains a model for each task from `model_name_or_path`, but this ContinualLM "
+                "holds a model already, which may be another; make a new ContinualLM, or take `source: running`."
+            )
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Check regime, optimizer, parameters and architecture before anything is trained."""
@@ -107,22 +143,21 @@ class AttributionCallback(Callback):
             raise AgclError(
                 "AttributionCallback protects old tasks from new ones; `regime: joint` has neither. Leave it out."
             )
+        if self.source == "single_task":
+            check_single_task(trainer)
+            self._initial = self._initial or InitialModel.of(pl_module)
         optimizer = self._optimizer(trainer)
         if self.gate == "gradient" and cancels_gradient_gate(optimizer):
             rank_zero_warn(
                 f"gate: gradient protects nothing under {type(optimizer).__name__}, whose step does not change when a "
                 "gradient entry is scaled by a constant. Use gate: update (or auto), or SGD."
             )
-        names = self._parameter_names(pl_module)
-        if not names:
-            raise AgclError(f"`parameters` {self._pattern.pattern!r} matches no trainable parameter of the model.")
-        with trainer.precision_plugin.forward_context():
-            self.estimator.check(self._model(pl_module), names, next(self._samples(trainer, pl_module, 0)))
+        self._gatherer.check(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """On resuming: bring along the earlier tasks' files, make up for a task boundary, gate again."""
-        check_importance(self.importance, self._model(pl_module).named_parameters())
-        self._collect_files(trainer)
+        check_importance(self.importance, pl_module.model.named_parameters())
+        self._so_far.bring_along(trainer)
         completed = pl_module.tasks.num_completed(trainer.current_epoch)
         if completed:
             # From a checkpoint of an epoch's last batch, Lightning goes on without that epoch's end.
@@ -130,8 +165,8 @@ class AttributionCallback(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
         """At a task's first epoch: let the estimator see the weights that the task starts from."""
-        if pl_module.tasks.starts_at(trainer.current_epoch):
-            self.estimator.begin_task(self._model(pl_module), self._parameter_names(pl_module))
+        if self.source == "running" and pl_module.tasks.starts_at(trainer.current_epoch):
+            self._gatherer.begin_task(pl_module.model)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         """At a task boundary: importance of the task just learned, running maximum, new gate."""
@@ -141,6 +176,8 @@ class AttributionCallback(Callback):
     def _pass_boundary(self, trainer: Trainer, pl_module: Any, index: int) -> None:
         # On resuming, Lightning may run an epoch's end again, or never have run it: what is there is kept.
         if self.num_boundaries <= index:
+            if self.reestimate:
+                self._reestimate(trainer, pl_module, index)
             self._learn_importance(trainer, pl_module, index)
             self.num_boundaries = index + 1
         if self.files:
@@ -155,100 +192,76 @@ class AttributionCallback(Callback):
         self._detach_gate()
 
     def state_dict(self) -> dict[str, Any]:
-        """Merged importance (uint8), task counter and the tasks' files: what resuming needs."""
+        """Merged importance, task counter, the tasks' files and an adapter's first weights: what resuming needs."""
         return {
-            "merged": self._merged.state_dict(),
+            "source": self.source,
+            "initial": None if self._initial is None else vars(self._initial),
+            "so_far": self._so_far.state_dict(),
             "estimator": self.estimator.state_dict(),
             "num_boundaries": self.num_boundaries,
-            "files": dict(self.files),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` gave."""
-        self._merged.load_state_dict(state_dict["merged"])
+        """Restore what :meth:`state_dict` gave.
+
+        Raises:
+            AgclError: If its importance comes from another source, or was merged in another way.
+        """
+        if state_dict["source"] != self.source:
+            raise AgclError(
+                f"The importance so far has `source: {state_dict['source']}`, not `{self.source}`; keep to it."
+            )
+        self._initial = None if state_dict["initial"] is None else InitialModel(**state_dict["initial"])
+        self._so_far.load_state_dict(state_dict["so_far"])
         self.estimator.load_state_dict(state_dict["estimator"])
         self.num_boundaries = state_dict["num_boundaries"]
-        self.files = dict(state_dict["files"])
 
     # --------------------------------------------------------------- importance
 
     def _learn_importance(self, trainer: Trainer, pl_module: Any, index: int) -> None:
+        """Importance of the task just learned."""
         task = pl_module.tasks[index].name
         start = time.perf_counter()
-        scores, num_used = self._scores(trainer, pl_module, index)
-        if not scores:
+        if self._initial is None:
+            gathered = self._gatherer.gather(trainer, pl_module, index)
+        else:
+            rank_zero_info(f"Training a model on task `{task}` alone for its importance (source: single_task).")
+            gathered = gather_from_single_task(trainer, pl_module, index, self._gatherer, self._initial)
+        if gathered is None:
             rank_zero_warn(
                 f"Task `{task}`: no training row is answered correctly, so it has no importance and the following "
                 "tasks are free to overwrite it. Train it longer or with a higher learning rate."
             )
             return
-        importance = normalise(scores, self.config)
-        path = Path(trainer.log_dir or trainer.default_root_dir) / "importance" / f"{index:02d}_{task}.safetensors"
-        if trainer.is_global_zero:
-            save_importance(path, importance, self._metadata(pl_module, task, num_used))
-        self.files[task] = str(path)
-        self._merged.update(importance)
+        gathered.metadata["source"] = self.source
+        self._so_far.take_in(trainer, f"{index:02d}_{task}", gathered)
         seconds = time.perf_counter() - start
         for logger in trainer.loggers:  # not self.log, which the start of a resumed run does not allow
-            values = {"attribution/seconds": seconds, "attribution/samples": float(num_used)}
+            values = {"attribution/seconds": seconds, "attribution/samples": float(gathered.num_used)}
             logger.log_metrics(values, step=trainer.global_step)
-        rank_zero_info(f"Importance of task `{task}` from {num_used} rows in {seconds:.0f} s: {path}")
-
-    def _scores(self, trainer: Trainer, pl_module: Any, index: int) -> tuple[dict[str, Tensor], int]:
-        num_samples = min(self.num_samples, len(trainer.datamodule.training_rows(index)))  # type: ignore[attr-defined]
-        bar = tqdm(
-            total=num_samples,
-            desc=f"Attribution of {pl_module.tasks[index].name}",
-            unit="row",
-            disable=trainer.progress_bar_callback is None or not trainer.is_global_zero,
-            dynamic_ncols=True,
+        rank_zero_info(
+            f"Importance of task `{task}` from {gathered.num_used} rows in {seconds:.0f} s: {self.files[task]}"
         )
-        with bar, trainer.precision_plugin.forward_context():
-            evidence = Evidence(
-                self._model(pl_module),
-                self._parameter_names(pl_module),
-                self._samples(trainer, pl_module, index),
-                num_samples,
-                batch_size=self.batch_size or trainer.datamodule.batch_size,  # type: ignore[attr-defined]
-                per_sample=self.per_sample,
-                config=self.config,
-                seed=self.seed,
-                on_progress=bar.update,
-            )
-            return self.estimator.scores(evidence), evidence.num_used
 
-    def _samples(self, trainer: Trainer, pl_module: Any, index: int) -> Iterator[Sample]:
-        datamodule = trainer.datamodule  # type: ignore[attr-defined]
-        return training_samples(datamodule, index, seed=self.seed, device=pl_module.device)
-
-    def _parameter_names(self, pl_module: Any) -> list[str]:
-        named = self._model(pl_module).named_parameters()
-        return [name for name, parameter in named if parameter.requires_grad and self._pattern.search(name)]
-
-    def _metadata(self, pl_module: Any, task: str, num_samples: int) -> dict[str, str]:
-        settings = {
-            "task": task,
-            "model": pl_module.model_name_or_path,
-            "fingerprint": fingerprint(self._model(pl_module).named_parameters()),
-            "num_samples": num_samples,
-            **self.estimator.describe(),
-            **vars(self.config),
-        }
-        return {key: str(value) for key, value in settings.items()}
-
-    def _collect_files(self, trainer: Trainer) -> None:
-        folder = Path(trainer.log_dir or trainer.default_root_dir) / "importance"
-        for task, path in self.files.items():
-            copy = folder / Path(path).name
-            if copy.exists():
+    def _reestimate(self, trainer: Trainer, pl_module: Any, index: int) -> None:
+        """Make the merge of the tasks before this one anew, on the present model."""
+        self._detach_gate()  # which holds the merge so far
+        self._so_far.merge_anew()
+        num_tasks = num_rows = 0
+        for old in range(index):
+            task = pl_module.tasks[old].name
+            kept = trainer.datamodule.kept_rows(old, self.reestimate)  # type: ignore[attr-defined]
+            gathered = self._gatherer.gather(trainer, pl_module, old, kept)
+            if gathered is None:
+                self._so_far.take_in_again(trainer, task)
                 continue
-            if not Path(path).exists():
-                rank_zero_warn(
-                    f"The importance file of task `{task}` is gone: {path}. The run itself does not need it."
-                )
-            elif trainer.is_global_zero:
-                folder.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(path, copy)
+            num_tasks, num_rows = num_tasks + 1, num_rows + gathered.num_used
+            gathered.metadata |= {"source": self.source, "reestimated_after": pl_module.tasks[index].name}
+            self._so_far.take_in(trainer, f"{old:02d}_{task}_after_{index:02d}", gathered)
+        if index:
+            rank_zero_info(
+                f"Importance of {num_tasks} of {index} earlier tasks re-estimated from {num_rows} kept rows."
+            )
 
     # --------------------------------------------------------------------- gate
 
@@ -262,7 +275,8 @@ class AttributionCallback(Callback):
         optimizer = self._optimizer(trainer)
         kind = choose_gate(optimizer) if self.gate == "auto" else self.gate
         gate_class = GradientGate if kind == "gradient" else UpdateGate
-        gate = gate_class(self._model(pl_module).named_parameters(), importance, self.strength)
+        moves = self.importance_on == "device"
+        gate = gate_class(pl_module.model.named_parameters(), importance, self.strength, moves_importance=moves)
         self._attached = gate.attach(optimizer)
 
     def _detach_gate(self) -> None:
@@ -275,13 +289,31 @@ class AttributionCallback(Callback):
         return {} if self._attached is None else self._attached.plasticity()
 
     @staticmethod
-    def _model(pl_module: Any) -> nn.Module:
-        return pl_module.model
-
-    @staticmethod
     def _optimizer(trainer: Trainer) -> torch.optim.Optimizer:
         if len(trainer.optimizers) != 1:
             raise AgclError(
                 f"AttributionCallback gates exactly one optimizer; the module has {len(trainer.optimizers)}."
             )
         return trainer.optimizers[0]
+
+
+def _check_reestimate(reestimate: int, source: Source, estimator: Estimator) -> None:
+    if reestimate < 0:
+        raise AgclError(f"`reestimate` is {reestimate}; give a number of rows, or 0 to keep none.")
+    if reestimate and source == "single_task":
+        raise AgclError(
+            "`reestimate` scores old tasks on the running model, `source: single_task` every task on a model of its "
+            "own; choose one of them."
+        )
+    if reestimate and not estimator.uses_samples:
+        name = type(estimator).__name__
+        raise AgclError(f"`reestimate` keeps rows, but the estimator {name} looks at none; leave `reestimate` out.")
+
+
+def _tensors(state: Any) -> Iterator[Tensor]:
+    """All tensors in nested dicts."""
+    if isinstance(state, Tensor):
+        yield state
+    elif isinstance(state, dict):
+        for value in state.values():
+            yield from _tensors(value)

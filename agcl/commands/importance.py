@@ -31,7 +31,7 @@ from agcl.plots import (
 _OF_THE_FORMAT = ("format", "format_version", "bits", "agcl_version")
 _OF_THE_TASK = ("task", "tasks", "merged")
 _SETTINGS = (
-    *("model", "estimator", "rule", "score", "sign"),
+    *("model", "source", "estimator", "rule", "score", "sign"),
     *("normalisation", "scope", "quantile", "top_k", "top_k_method", "alpha"),
 )
 

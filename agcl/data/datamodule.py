@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import asdict
 from functools import partial
 from itertools import islice
@@ -217,6 +218,18 @@ class ContinualDataModule(LightningDataModule):
         rows = self._train_rows[task_index]
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + task_index)
         return rows.select(torch.randperm(len(rows), generator=generator)[:count].tolist())
+
+    def single_task(self, task_index: int) -> "ContinualDataModule":
+        """A data module of one task's training rows alone, set up already; nothing is scored.
+
+        Args:
+            task_index: 0-based.
+        """
+        single = copy(self)
+        single.trainer, single.replay = None, None
+        single.tasks = TaskSequence([self.tasks[task_index]])
+        single._train_rows, single._evaluations = [self._train_rows[task_index]], []
+        return single
 
     def rows_at(self, epoch: int) -> Dataset:
         """Rows that a training epoch serves: those of its task (under ``joint``, tasks), then those it replays."""

@@ -1,6 +1,6 @@
 """A task's training rows as samples for attribution."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,13 +18,26 @@ def training_samples(datamodule: Any, task_index: int, *, seed: int, device: tor
         seed: Of the order.
         device: Where the tensors are made.
 
-    Yields:
+    Returns:
         One sample per row.
     """
     rows = datamodule.training_rows(task_index)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
-    for row in order.tolist():
-        input_ids, labels = (torch.tensor(rows[row][key], device=device) for key in ("input_ids", "labels"))
+    return as_samples((rows[row] for row in order.tolist()), device)
+
+
+def as_samples(rows: Iterable[Mapping[str, Any]], device: torch.device) -> Iterator[Sample]:
+    """Encoded rows as samples.
+
+    Args:
+        rows: With ``input_ids`` and ``labels``, -100 but on the answer.
+        device: Where the tensors are made.
+
+    Yields:
+        One sample per row.
+    """
+    for row in rows:
+        input_ids, labels = (torch.tensor(row[key], device=device) for key in ("input_ids", "labels"))
         answer = (labels != IGNORED_LABEL).nonzero().flatten()
         # The logits at one position predict the next token.
         yield Sample(input_ids, positions=answer - 1, targets=labels[answer])

@@ -16,7 +16,9 @@ from .plasticity import summary
 class GatedParameter:
     """One parameter and its importance; does not keep the parameter alive."""
 
-    def __init__(self, name: str, parameter: nn.Parameter, importance: Tensor, strength: float) -> None:
+    def __init__(
+        self, name: str, parameter: nn.Parameter, importance: Tensor, strength: float, moves: bool = True
+    ) -> None:
         if importance.shape != parameter.shape:
             raise AgclError(
                 f"Importance of `{name}` has shape {tuple(importance.shape)}, the parameter {tuple(parameter.shape)}; "
@@ -26,15 +28,22 @@ class GatedParameter:
         self.strength = strength
         self.reference = weakref.ref(parameter)
         self.importance = importance.detach()
+        self.moves = moves
         self._local: Tensor | None = None
         self.mean_plasticity, self.is_open = summary(name, self.importance, strength)
 
     def local_importance(self, parameter: Tensor) -> Tensor:
         """Importance beside the parameter: on its device and, where it is sharded (DTensor), this rank's shard."""
+        if not self.moves:
+            return _shard_like(parameter, self.importance.to(parameter.device))
         if self._local is None or self._local.device != parameter.device:
             self.importance = self.importance.to(parameter.device)
             self._local = _shard_like(parameter, self.importance)
         return self._local
+
+    def held(self) -> list[Tensor]:
+        """The importance as it lies in memory; a shard's is in memory of its own."""
+        return [self.importance] if self._local is None else [self.importance, self._local]
 
 
 class Gate:
@@ -45,6 +54,7 @@ class Gate:
         named_parameters: Iterable[tuple[str, nn.Parameter]],
         importance: Mapping[str, Tensor],
         strength: float = 1.0,
+        moves_importance: bool = True,
     ) -> None:
         if not 0 <= strength < math.inf:
             raise AgclError(f"`strength` is {strength}; choose a finite number >= 0 (1: the paper's gate, 0: no gate).")
@@ -59,7 +69,9 @@ class Gate:
             if twin is not None and not equal(twin.importance, importance[name]):
                 raise AgclError(f"`{name}` and `{twin.name}` are one parameter; give its importance under one name.")
             if twin is None:
-                self._gated[id(parameter)] = GatedParameter(name, parameter, importance[name], self.strength)
+                self._gated[id(parameter)] = GatedParameter(
+                    name, parameter, importance[name], self.strength, moves_importance
+                )
         if unknown:
             raise AgclError(
                 f"Importance of `{min(unknown)}`: no parameter of that name; use the names of named_parameters()."
@@ -97,6 +109,10 @@ class Gate:
     def plasticity(self) -> dict[str, float]:
         """Mean of ``(1 - importance) ** strength`` over each gated parameter, in [0, 1]; 0: frozen, 1: free."""
         return {gated.name: gated.mean_plasticity for gated in self._gated.values()}
+
+    def held_importance(self) -> list[Tensor]:
+        """The importance tensors that the gate holds between steps, for counting memory."""
+        return [tensor for gated in self._gated.values() for tensor in gated.held()]
 
     def __enter__(self) -> Self:
         return self

@@ -25,6 +25,8 @@ class GradientGate(Gate):
             ``value / 65535``) or floating point in [0, 1], on any device. Held without copying: leave it unchanged.
             Parameters without importance are not gated.
         strength: Exponent >= 0; 1 is the paper's linear gate, 0 is no gate.
+        moves_importance: Whether the importance moves to the parameters' device when it is first used. If not, it stays
+            where it is (host memory), and each parameter's is copied over for the moment it is used.
 
     Raises:
         AgclError: If an importance has an unknown name, another shape or dtype, or values outside [0, 1].

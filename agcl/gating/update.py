@@ -46,6 +46,8 @@ class UpdateGate(Gate):
             ``value / 65535``) or floating point in [0, 1], on any device. Held without copying: leave it unchanged.
             Parameters without importance are not gated.
         strength: Exponent >= 0; 1 is linear, 0 is no gate.
+        moves_importance: Whether the importance moves to the parameters' device when it is first used. If not, it stays
+            where it is (host memory), and each parameter's is copied over for the moment it is used.
 
     Raises:
         AgclError: If an importance has an unknown name, another shape or dtype, or values outside [0, 1].
@@ -67,8 +69,9 @@ class UpdateGate(Gate):
         named_parameters: Iterable[tuple[str, nn.Parameter]],
         importance: Mapping[str, Tensor],
         strength: float = 1.0,
+        moves_importance: bool = True,
     ) -> None:
-        super().__init__(named_parameters, importance, strength)
+        super().__init__(named_parameters, importance, strength, moves_importance)
         self._snapshot: Snapshot = []
         self._peers: weakref.WeakSet[UpdateGate] = weakref.WeakSet()  # all update gates on the optimizer
         self._step: Callable[[Optimizer], Any] | None = None  # runs one slice; None: the weights are copied as a whole

@@ -340,3 +340,28 @@ def test_scope_layer_compares_within_each_block():
 def test_scores_may_be_taken_as_they_are():
     found = normalise({"w": torch.tensor([0.0, 0.2, 1.0, 3.0])}, ImportanceConfig(normalisation="none"))
     assert found["w"].tolist() == [0, 51, 255, 255]
+
+
+@pytest.mark.parametrize("scope", ["row", "tensor", "model"])
+@pytest.mark.parametrize("shape", [(3, 50), (2, 70_000)])  # fewer and more entries than levels
+def test_rank_in_16_bits_is_the_count_below_rounded_to_nearest(shape, scope):
+    score = (torch.rand(shape) * 20_000).round()  # with ties
+    config = ImportanceConfig(normalisation="rank", scope=scope)
+    found = normalise({"w": score.clone()}, config, bits=16)["w"]
+    assert found.dtype == torch.uint16
+    for rows, levels_found in zip(*([score, found] if scope == "row" else [score[None], found[None]]), strict=True):
+        ordered = rows.flatten().sort().values
+        below = torch.searchsorted(ordered, rows.flatten()).double() / rows.numel()
+        assert (levels_found.flatten().double() - 65535 * below).abs().max() <= 0.5
+
+
+@pytest.mark.parametrize("normalisation", ["quantile", "log", "none"])
+def test_16_bits_are_the_same_importance_more_finely(normalisation):
+    score = torch.rand(40, 60)
+    config = ImportanceConfig(normalisation=normalisation)
+    fine = normalise({"w": score.clone()}, config, bits=16)["w"]
+    coarse = normalise({"w": score.clone()}, config)["w"]
+    assert (dequantise(fine) - dequantise(coarse)).abs().max() <= 1 / 510 + 1 / 131070 + 1e-7
+    quantile = score.double().flatten().sort().values[math.ceil(0.9 * score.numel()) - 1]
+    exact = score.double() / (score + quantile) if normalisation == "quantile" else score.double()
+    assert (fine.double() / 65535 - exact).abs().max() <= 1 / 131070 + 1e-6

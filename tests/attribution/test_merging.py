@@ -62,8 +62,8 @@ def bound(how, num_tasks, bits):
     return num_tasks / 131070 + (step if bits == 8 else 0) + 1e-12
 
 
-def running(tasks, how):
-    merged = RunningMerge(how)
+def running(tasks, how, bits=8):
+    merged = RunningMerge(how, bits)
     for one in tasks:
         merged.update(one)
     return merged
@@ -153,6 +153,28 @@ def test_running_and_streaming_form_agree(how, num_tasks):
 
 
 @pytest.mark.parametrize("how", HOWS)
+def test_running_merge_of_16_bits(how):
+    tasks = [task(seed, bits=16, skip=["scalar"] if seed == 0 else ()) for seed in range(4)]
+    merged = running(tasks, how, bits=16)
+    assert_same(merged.importance(), dict(merge(tasks, how)))
+    widths = {state.element_size() for state in merged.state_dict()["state"].values()}
+    assert widths == {4 if how == "mean" else 2}
+    with pytest.raises(AgclError, match="takes importance of 16 bits, not of 8"):
+        merged.update(task(0))
+    with pytest.raises(AgclError, match="was merged in 16 bits, not in 8"):
+        RunningMerge(how).load_state_dict(merged.state_dict())
+
+
+@pytest.mark.parametrize("how", HOWS)
+def test_running_merge_takes_in_files(how, tmp_path):
+    tasks = [task(seed) for seed in range(3)]
+    for index, one in enumerate(tasks):
+        save_importance(tmp_path / f"{index}.safetensors", one, {})
+    from_files = running([open_importance(tmp_path / f"{index}.safetensors") for index in range(3)], how)
+    assert_same(from_files.importance(), running(tasks, how).importance())
+
+
+@pytest.mark.parametrize("how", HOWS)
 def test_running_merge_keeps_small_state_and_leaves_its_input_alone(how):
     tasks = [task(seed) for seed in range(3)]
     merged = running(tasks, how)
@@ -200,7 +222,7 @@ def test_running_merge_refuses_before_it_changes_anything(how, wrong):
 def test_running_mean_is_exact_up_to_257_tasks_and_then_refuses():
     one = {"w": torch.tensor([0, 1, 254, 255], dtype=torch.uint8)}
     merged = RunningMerge("mean")
-    for _ in range(MAX_MEAN_TASKS):
+    for _ in range(MAX_MEAN_TASKS[8]):
         merged.update(one)
     assert merged.importance()["w"].tolist() == [0, 1, 254, 255]
     with pytest.raises(AgclError, match="over at most 257 tasks"):

@@ -15,6 +15,8 @@ from agcl.errors import AgclError
 class Magnitude(Estimator):
     """``|W|``."""
 
+    uses_samples = False
+
     def scores(self, evidence: Evidence) -> dict[str, Tensor]:
         """See :meth:`Estimator.scores`."""
         return {name: parameter.detach().float().abs() for name, parameter in evidence.selected().items()}
@@ -22,6 +24,8 @@ class Magnitude(Estimator):
 
 class Change(Estimator):
     """``|W - W_start|``, how far the weight moved while the task was learned; keeps a copy of the weights."""
+
+    uses_samples = False
 
     def __init__(self) -> None:
         self._start: dict[str, Tensor] = {}
@@ -50,6 +54,8 @@ class Change(Estimator):
 
 class Random(Estimator):
     """Uniform random scores, the same for one seed and name."""
+
+    uses_samples = False
 
     def scores(self, evidence: Evidence) -> dict[str, Tensor]:
         """See :meth:`Estimator.scores`."""

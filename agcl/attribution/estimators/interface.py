@@ -4,7 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -53,7 +53,13 @@ class Evidence:
 
 
 class Estimator(ABC):
-    """One score per weight and task. A subclass implements `scores`; its constructor's arguments are its options."""
+    """One score per weight and task. A subclass implements `scores`; its constructor's arguments are its options.
+
+    Attributes:
+        uses_samples: Whether the scores depend on the task's rows.
+    """
+
+    uses_samples: ClassVar[bool] = True
 
     def check(self, model: nn.Module, parameters: Sequence[str], sample: Sample) -> None:  # noqa: B027 (a hook)
         """Called before anything is trained: raise if `scores` could not see into this model.
