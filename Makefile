@@ -25,7 +25,7 @@ quickstart-sequential: $(INSTALLED) ## its twin: the same run without the gate
 	$(BIN)/agcl fit --config lightning_configs/quickstart.yaml --config lightning_configs/quickstart_sequential.yaml
 
 test: $(INSTALLED) ## the tests (minutes)
-	$(BIN)/python -m pytest -m "not slow and not model"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not model"
 
 test-slow: $(INSTALLED) ## the longer tests too
 	$(BIN)/python -m pytest

@@ -16,10 +16,12 @@ from agcl.module import ContinualLM
 EPOCHS = 3
 
 
-def tasks(files, epochs=(EPOCHS,) * 3, **options):
+def tasks(files, epochs=EPOCHS, **options):
+    """One task for each file; ``epochs`` for all, or of each."""
+    each = [epochs] * len(files) if isinstance(epochs, int) else epochs
     return [
         Task(**{"name": f"task{i}", "source": str(f), "test_split": "train", "epochs": e, **options})
-        for i, (f, e) in enumerate(zip(files, epochs, strict=False))
+        for i, (f, e) in enumerate(zip(files, each, strict=False))
     ]
 
 

@@ -173,6 +173,7 @@ def test_single_task_is_refused_where_it_cannot_be(llama_folder, task_files, tmp
         trainer_for(data, tmp_path, [attribution(source="single_task")]).fit(model, datamodule=data)
     model, data = build(llama_folder, task_files[:1])
     trainer = trainer_for(data, tmp_path, [attribution(source="single_task")])
+    model.trainer, trainer.datamodule = trainer, data
     monkeypatch.setattr(type(trainer), "world_size", 2)
     with pytest.raises(AgclError, match=r"this run has 2; set the Trainer's `devices`.* or take `source: running`"):
         trainer.callbacks[0].on_fit_start(trainer, model)
