@@ -3,7 +3,7 @@
 import html
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -186,6 +186,36 @@ def plot_importance_overlap(
     axes[1].set_xlabel(f"unrelated tasks: about {top_share / (2 - top_share):.2g}", fontsize=8)
     figure.colorbar(image, ax=axes, shrink=0.8, label="overlap (1: the same weights)")
     return figure, axes
+
+
+def join_characters(
+    decode: Callable[[list[int]], str], input_ids: Sequence[int] | Tensor, relevance: Sequence[float] | Tensor
+) -> tuple[list[str], list[float]]:
+    """Tokens as text; those that are a character only together are one piece, with the sum of their relevance.
+
+    Args:
+        decode: From token ids to text, as ``tokenizer.decode``.
+        input_ids: Token ids.
+        relevance: One number each.
+
+    Returns:
+        Texts and numbers for :func:`token_relevance_html`.
+    """
+    texts: list[str] = []
+    values: list[float] = []
+    open_ids: list[int] = []  # of the last piece, while it ends inside a character
+    for token, value in zip(input_ids, relevance, strict=True):
+        is_inside = bool(open_ids)
+        open_ids.append(int(token))
+        text = decode(open_ids)
+        if is_inside:
+            texts[-1], values[-1] = text, values[-1] + float(value)
+        else:
+            texts.append(text)
+            values.append(float(value))
+        if not text.endswith("\ufffd"):
+            open_ids = []
+    return texts, values
 
 
 def token_relevance_html(tokens: Sequence[str], relevance: Sequence[float] | Tensor) -> str:

@@ -9,6 +9,7 @@ from agcl.errors import AgclError
 from agcl.plots import (
     importance_overlap,
     importance_overlaps,
+    join_characters,
     kind_of,
     layer_of,
     plot_importance_map,
@@ -223,3 +224,12 @@ def test_token_colours_and_escaping():
     assert "rgb(255,255,255)" in text
     assert "\u21b5\n</span>" in token_relevance_html(["\n"], [0.5])  # else nothing would be coloured
     assert token_relevance_html(["x"], [0.0])
+
+
+def test_tokens_of_one_character_are_joined():
+    pieces = [b"a", b" \xc3", b"\x87", b"b"]  # the third completes the second's character
+    texts, values = join_characters(
+        lambda ids: b"".join(pieces[i] for i in ids).decode(errors="replace"), [0, 1, 2, 3], [1.0, 2.0, 3.0, 4.0]
+    )
+    assert texts == ["a", " \u00c7", "b"]
+    assert values == [1.0, 5.0, 4.0]
