@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 from agcl.gating import UpdateGate
+from agcl.gating.gate import GatedParameter
+from agcl.gating.held import HeldWeights
 
 NUM_STEPS = 4
 
@@ -294,3 +296,35 @@ def test_nothing_to_gate_is_one_whole_step(monkeypatch):
     optimizer.step()
     assert calls == []
     assert not torch.equal(parameters["a"], before)
+
+
+class OwnAdamW(torch.optim.AdamW):
+    """Not run in slices: the gate copies all weights at once."""
+
+
+@pytest.mark.parametrize("optimizer_class", [torch.optim.AdamW, OwnAdamW])
+@pytest.mark.parametrize("strength", [1.0, 2.0])
+@pytest.mark.parametrize(("dtype", "levels"), [(torch.float64, 255), (torch.float64, 65535), (torch.bfloat16, 255)])
+def test_rows_without_importance_are_neither_copied_nor_touched(optimizer_class, strength, dtype, levels):
+    torch.manual_seed(0)
+    embedding = nn.Embedding(40, 6, dtype=dtype)
+    importance = torch.zeros(40, 6, dtype=torch.int64)
+    importance[torch.tensor([3, 17, 39])] = torch.randint(levels + 1, (3, 6))
+    importance[3, 0], importance[17, 0] = levels, 0
+    fixed_point = importance.to(torch.uint8 if levels == 255 else torch.uint16)
+    free = copy.deepcopy(embedding)
+    gate = UpdateGate(embedding.named_parameters(), {"weight": fixed_point}, strength)
+    for module in (embedding, free):
+        optimizer = optimizer_class(module.parameters(), lr=0.1, weight_decay=0.1)
+        start = module.weight.detach().clone()
+        if module is embedding:
+            gate.attach(optimizer)
+        module(torch.arange(40)).square().sum().backward()
+        optimizer.step()
+    plasticity = (1 - importance.to(torch.float64) / levels) ** strength
+    expected = start.double() + plasticity * (free.weight.detach().double() - start.double())
+    assert torch.allclose(embedding.weight.double(), expected, rtol=0, atol=1e-12 if dtype == torch.float64 else 1e-2)
+    assert torch.equal(embedding.weight[importance == 0], free.weight[importance == 0])
+    assert embedding.weight[3, 0] == start[3, 0]
+    held = HeldWeights.of(GatedParameter("weight", embedding.weight, fixed_point, strength), embedding.weight)
+    assert held.num_entries == 3 * 6

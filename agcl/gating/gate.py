@@ -30,6 +30,7 @@ class GatedParameter:
         self.importance = importance.detach()
         self.moves = moves
         self._local: Tensor | None = None
+        self._rows: Tensor | None = None
         self.mean_plasticity, self.is_open = summary(name, self.importance, strength)
 
     def local_importance(self, parameter: Tensor) -> Tensor:
@@ -39,7 +40,13 @@ class GatedParameter:
         if self._local is None or self._local.device != parameter.device:
             self.importance = self.importance.to(parameter.device)
             self._local = _shard_like(parameter, self.importance)
+            self._rows = _few_rows(self._local)
         return self._local
+
+    def held_rows(self, parameter: Tensor) -> Tensor | None:
+        """Indices of the rows with any importance beside the parameter, if those are at most half; else None."""
+        self.local_importance(parameter)
+        return self._rows
 
     def held(self) -> list[Tensor]:
         """The importance as it lies in memory; a shard's is in memory of its own."""
@@ -132,6 +139,13 @@ class Gate:
 def parameters_of(optimizer: Optimizer) -> Iterator[nn.Parameter]:
     """All that it holds, group by group."""
     return (parameter for group in optimizer.param_groups for parameter in group["params"])
+
+
+def _few_rows(importance: Tensor) -> Tensor | None:
+    if importance.ndim < 2:
+        return None
+    rows = importance.bool().flatten(1).any(1).nonzero().flatten()
+    return rows if 2 * len(rows) <= len(importance) else None
 
 
 def _shard_like(parameter: Any, full: Tensor) -> Tensor:

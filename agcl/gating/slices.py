@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .gate import GatedParameter, local_part
+from .gate import GatedParameter
+from .held import HeldWeights
 
 # Their steps treat each parameter on its own: state is kept by parameter, nothing is summed over the parameters or
 # written into the group, and all of it happens in one pass over the groups, after the closure's only call. Exact types
@@ -23,8 +24,7 @@ _PER_PARAMETER = frozenset(
 )
 _CPU_SLICE, _DEVICE_SLICE = 2**20, 2**26  # gated entries: the CPU's cache; few kernel launches
 
-Weights = tuple[GatedParameter, Tensor]  # a gated parameter and the memory behind it
-Snapshot = list[tuple[GatedParameter, Tensor, Tensor]]  # and its values before the step
+Snapshot = list[tuple[HeldWeights, Tensor]]  # and their values before the step
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Slice:
 
     group: dict[str, Any]
     parameters: list[nn.Parameter] = field(default_factory=list)
-    gated: list[Weights] = field(default_factory=list)
+    gated: list[HeldWeights] = field(default_factory=list)
 
 
 def step_without_hooks(optimizer: Optimizer) -> Callable[[Optimizer], Any] | None:
@@ -55,13 +55,14 @@ def _cut_group(group: dict[str, Any], find: Callable[[Tensor], GatedParameter | 
     piece, num_entries = Slice(group), 0
     for parameter in group["params"]:
         if (gated := find(parameter)) is not None:
-            weights = local_part(parameter)
-            limit = _CPU_SLICE if weights.device.type == "cpu" else _DEVICE_SLICE
-            if piece.gated and num_entries + weights.numel() > limit:
+            held = HeldWeights.of(gated, parameter)
+            size = held.weights.numel()
+            limit = _CPU_SLICE if held.weights.device.type == "cpu" else _DEVICE_SLICE
+            if piece.gated and num_entries + size > limit:
                 yield piece
                 piece, num_entries = Slice(group), 0
-            piece.gated.append((gated, weights))
-            num_entries += weights.numel()
+            piece.gated.append(held)
+            num_entries += size
         piece.parameters.append(parameter)
     if piece.parameters:
         yield piece
@@ -80,17 +81,16 @@ class Scratch:
     def copy(self, piece: Slice) -> Snapshot:
         """Copies of the gated weights, valid until the next call."""
         snapshot, used = [], dict.fromkeys(self._memory, 0)
-        for gated, weights in piece.gated:
-            kind = (weights.device, weights.dtype)
-            start, used[kind] = used[kind], used[kind] + weights.numel()
-            old = self._memory[kind][start : used[kind]].view(weights.shape).copy_(weights)
-            snapshot.append((gated, weights, old))
+        for held in piece.gated:
+            kind = (held.weights.device, held.weights.dtype)
+            start, used[kind] = used[kind], used[kind] + held.num_entries
+            snapshot.append((held, held.copy(self._memory[kind][start : used[kind]])))
         return snapshot
 
 
 def _entries_by_kind(piece: Slice) -> dict[tuple[torch.device, torch.dtype], int]:
     entries: dict[tuple[torch.device, torch.dtype], int] = {}
-    for _, weights in piece.gated:
-        kind = (weights.device, weights.dtype)
-        entries[kind] = entries.get(kind, 0) + weights.numel()
+    for held in piece.gated:
+        kind = (held.weights.device, held.weights.dtype)
+        entries[kind] = entries.get(kind, 0) + held.num_entries
     return entries

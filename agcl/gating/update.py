@@ -12,7 +12,6 @@ from torch.optim import Optimizer
 
 from ..errors import AgclError
 from .gate import Gate, GatedParameter
-from .plasticity import blend
 from .slices import Scratch, Snapshot, cut, step_without_hooks
 
 # The update gates attached to an optimizer.
@@ -31,6 +30,8 @@ class UpdateGate(Gate):
     on its own; they are run on a slice of the parameters after the other, each copied, stepped and blended while it is
     in the cache. The peak then grows by one copy of the largest gated parameter, or of 2^20 entries (2^26 on a GPU) if
     that is more. With any other optimizer, or several update gates on one, it grows by one copy of all gated weights.
+    Rows without any importance (most of an embedding's, for tokens that no answer needed) are left out where they are
+    at least half of a parameter's.
     Where ``step`` is given a closure (Lightning does), all this comes after its first call, thus not during forward
     and backward. bfloat16 and float16 weights are blended in float32 and rounded. Sharded parameters (DTensor, FSDP2)
     are gated shard by shard.
@@ -82,7 +83,7 @@ class UpdateGate(Gate):
     @property
     def snapshot_bytes(self) -> int:
         """Bytes of copied weights held now; zero outside of an optimizer's update."""
-        return sum(old.numel() * old.element_size() for _, _, old in self._snapshot)
+        return sum(old.numel() * old.element_size() for _, old in self._snapshot)
 
     def detach(self) -> None:
         """Stop gating, drop what an interrupted step left behind; harmless if not attached."""
@@ -135,7 +136,7 @@ class UpdateGate(Gate):
 
     def _copy_weights(self, optimizer: Optimizer) -> None:
         for piece in cut(optimizer, self._find_moving):
-            self._snapshot += [(gated, weights, weights.clone()) for gated, weights in piece.gated]
+            self._snapshot += [(held, held.copy(held.weights.new_empty(held.num_entries))) for held in piece.gated]
 
     def _step_in_slices(self, optimizer: Optimizer, step: Callable[[Optimizer], Any]) -> None:
         """Do the whole update, and leave the step under way no group to work on."""
@@ -166,10 +167,8 @@ class UpdateGate(Gate):
 
     def _blend(self) -> None:
         while self._snapshot:
-            gated, weights, old = self._snapshot.pop()
-            parameter = gated.reference()
-            if parameter is not None:
-                blend(weights, old, gated.local_importance(parameter), gated.strength)
+            held, old = self._snapshot.pop()
+            held.blend(old)
 
     def _find_moving(self, parameter: Tensor) -> GatedParameter | None:
         """The gated parameter, if the step will change it and not all of it is free to."""
