@@ -17,6 +17,7 @@ from agcl.attribution.merging import How
 from agcl.callbacks.gathering import Gatherer
 from agcl.callbacks.importance_so_far import ImportanceSoFar, Place
 from agcl.callbacks.single_task import InitialModel, check_single_task, gather_from_single_task
+from agcl.data.samples import resolve_seed
 from agcl.errors import AgclError
 from agcl.gating import GradientGate, UpdateGate, cancels_gradient_gate, choose_gate, flattened, shuffled
 
@@ -63,7 +64,7 @@ class AttributionCallback(Callback):
         parameters: Regular expression; only parameters whose name it is found in are attributed and gated.
         control: ``shuffled`` permutes the importance within each tensor, ``flattened`` makes it uniform: gates of equal
             mean without attribution, to compare with.
-        seed: Choice of the rows; permutation of the shuffled control.
+        seed: Choice of the rows; permutation of the shuffled control; the data module's if left out.
 
     Raises:
         AgclError: On set-up or at the start of fitting, before any training: settings that cannot work, or a model that
@@ -86,7 +87,7 @@ class AttributionCallback(Callback):
         strength: float = 1.0,
         parameters: str = "",
         control: Literal["none", "shuffled", "flattened"] = "none",
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         if strength < 0:
             raise AgclError(f"`strength` is {strength}; choose 0 (no gate) or more.")
@@ -111,6 +112,8 @@ class AttributionCallback(Callback):
         self.num_boundaries = 0
         """Number of task boundaries passed, those included where nothing was answered correctly."""
         self._attached: GradientGate | UpdateGate | None = None
+        self._task_begun: int | None = None
+        self._kept_bytes = 0  # of old tasks' rows
 
     @property
     def importance(self) -> dict[str, Tensor]:
@@ -123,9 +126,10 @@ class AttributionCallback(Callback):
         return self._so_far.files
 
     def extra_bytes(self) -> int:
-        """Bytes of tensors that are kept between steps beyond plain fine-tuning; shared memory counts once."""
+        """Bytes of tensors and old rows kept between steps beyond plain fine-tuning; shared memory counts once."""
         held = [*_tensors(self.state_dict()), *(self._attached.held_importance() if self._attached else ())]
-        return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in held}.values())
+        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in held}
+        return sum(storages.values()) + self._kept_bytes
 
     # --------------------------------------------------------------- life cycle
 
@@ -163,10 +167,12 @@ class AttributionCallback(Callback):
             # From a checkpoint of an epoch's last batch, Lightning goes on without that epoch's end.
             self._pass_boundary(trainer, pl_module, completed - 1)
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """At a task's first epoch: let the estimator see the weights that the task starts from."""
-        if self.source == "running" and pl_module.tasks.starts_at(trainer.current_epoch):
-            self._gatherer.begin_task(pl_module.model)
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """At a task's first batch (resuming, Lightning may leave out an epoch's start): let the estimator see it."""
+        if self._task_begun != pl_module.task_index:
+            self._task_begun = pl_module.task_index
+            if self.source == "running":
+                self._gatherer.begin_task(pl_module.model)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         """At a task boundary: importance of the task just learned, running maximum, new gate."""
@@ -199,6 +205,7 @@ class AttributionCallback(Callback):
             "so_far": self._so_far.state_dict(),
             "estimator": self.estimator.state_dict(),
             "num_boundaries": self.num_boundaries,
+            "task_begun": self._task_begun,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -215,6 +222,7 @@ class AttributionCallback(Callback):
         self._so_far.load_state_dict(state_dict["so_far"])
         self.estimator.load_state_dict(state_dict["estimator"])
         self.num_boundaries = state_dict["num_boundaries"]
+        self._task_begun = state_dict["task_begun"]
 
     # --------------------------------------------------------------- importance
 
@@ -247,10 +255,11 @@ class AttributionCallback(Callback):
         """Make the merge of the tasks before this one anew, on the present model."""
         self._detach_gate()  # which holds the merge so far
         self._so_far.merge_anew()
-        num_tasks = num_rows = 0
+        num_tasks = num_rows = self._kept_bytes = 0
         for old in range(index):
             task = pl_module.tasks[old].name
             kept = trainer.datamodule.kept_rows(old, self.reestimate)  # type: ignore[attr-defined]
+            self._kept_bytes += kept.with_format("arrow")[:].nbytes
             gathered = self._gatherer.gather(trainer, pl_module, old, kept)
             if gathered is None:
                 self._so_far.take_in_again(trainer, task)
@@ -269,7 +278,7 @@ class AttributionCallback(Callback):
         self._detach_gate()
         importance = self.importance
         if self.control == "shuffled":
-            importance = shuffled(importance, self.seed)
+            importance = shuffled(importance, resolve_seed(self.seed, trainer.datamodule))  # type: ignore[attr-defined]
         elif self.control == "flattened":
             importance = flattened(importance)
         optimizer = self._optimizer(trainer)

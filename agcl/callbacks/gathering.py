@@ -15,7 +15,7 @@ from agcl.attribution.fingerprints import fingerprint
 from agcl.attribution.importance import ImportanceConfig, normalise
 from agcl.attribution.levels import DTYPES, Bits
 from agcl.attribution.passes import Sample
-from agcl.data.samples import as_samples, training_samples
+from agcl.data.samples import as_samples, resolve_seed, training_samples
 from agcl.errors import AgclError
 
 
@@ -49,7 +49,7 @@ class Gatherer:
     config: ImportanceConfig
     bits: Bits
     parameters: str
-    seed: int
+    seed: int | None
 
     def __post_init__(self) -> None:
         if self.num_samples < 1:
@@ -113,7 +113,7 @@ class Gatherer:
                 batch_size=self.batch_size or trainer.datamodule.batch_size,  # type: ignore[attr-defined]
                 per_sample=self.per_sample,
                 config=self.config,
-                seed=self.seed,
+                seed=resolve_seed(self.seed, trainer.datamodule),  # type: ignore[attr-defined]
                 on_progress=bar.update,
             )
             scores = self.estimator.scores(evidence)

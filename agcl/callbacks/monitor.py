@@ -35,11 +35,11 @@ class ContinualMonitor(Callback):
         """Restore what :meth:`state_dict` gave."""
         self._plasticity = state_dict["plasticity"]
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """A task begins: show what the one before left."""
-        epoch, tasks = trainer.current_epoch, pl_module.tasks
-        if epoch > 0 and tasks.starts_at(epoch):
-            self._log(trainer, pl_module, tasks[tasks.index_at(epoch) - 1].name)
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """A task begins (resuming, Lightning may leave an epoch's start out): show what the one before left."""
+        index = pl_module.task_index
+        if index > 0 and (before := pl_module.tasks[index - 1].name) not in self._plasticity:
+            self._log(trainer, pl_module, before)
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """The last task is learned."""

@@ -37,11 +37,13 @@ class ContinualReport(Callback):
         self.save_model = save_model
         self._seconds_before = 0.0
         self._extra_bytes = 0
+        self._trainable_weights = 0
         self._start = time.monotonic()
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Start the clock."""
+        """Start the clock; count the weights to train, before a method freezes some for a while."""
         self._start = time.monotonic()
+        self._trainable_weights = sum(p.numel() for p in pl_module.model.parameters() if p.requires_grad)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Write the results so far after each task."""
@@ -67,6 +69,7 @@ class ContinualReport(Callback):
 
     def _write(self, trainer: Trainer, pl_module: Any) -> tuple[Path, dict[str, Any]]:
         results = collect_results(trainer, pl_module)  # on all ranks: metrics are synchronised
+        results["trainable_weights"] = self._trainable_weights
         results["wall_seconds"] = round(self._wall_seconds(), 1)
         results["peak_memory_bytes"] = _peak_memory_bytes()
         self._extra_bytes = max(self._extra_bytes, _extra_bytes(trainer))  # some let go of it before training ends
@@ -106,7 +109,6 @@ def collect_results(trainer: Trainer, pl_module: Any) -> dict[str, Any]:
         "model": pl_module.model_name_or_path,
         "precision": str(trainer.precision),
         "seed": _seed(),
-        "trainable_weights": sum(p.numel() for p in pl_module.model.parameters() if p.requires_grad),
         "versions": {
             "agcl": agcl.__version__,
             "torch": torch.__version__,

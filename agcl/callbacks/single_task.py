@@ -18,6 +18,7 @@ from torch import Tensor
 
 from agcl.attribution.fingerprints import fingerprint
 from agcl.callbacks.gathering import Gathered, Gatherer
+from agcl.data.samples import resolve_seed
 from agcl.errors import AgclError
 
 
@@ -108,7 +109,8 @@ def gather_from_single_task(
     own_gatherer = replace(gatherer, estimator=deepcopy(gatherer.estimator))
     with isolate_rng(), _quiet():
         # The seed that Lightning's seed_everything was last called with, if it was.
-        torch.manual_seed(int(os.environ.get("PL_GLOBAL_SEED", gatherer.seed)))
+        own_seed = resolve_seed(gatherer.seed, trainer.datamodule)  # type: ignore[attr-defined]
+        torch.manual_seed(int(os.environ.get("PL_GLOBAL_SEED", own_seed)))
         found = _train_alone(trainer, pl_module, task_index, own_gatherer, initial)
     gc.collect()  # module, data, callback and Trainer refer to each other, but nothing here to any of them
     if torch.cuda.is_available():

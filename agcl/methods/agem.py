@@ -8,9 +8,11 @@ from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from agcl.attribution.lrp import evaluation_mode
+from agcl.data.samples import resolve_seed
 from agcl.data.tasks import IGNORED_LABEL, collate
 from agcl.errors import AgclError
-from agcl.methods.interface import TaskMethod, eval_mode
+from agcl.methods.interface import TaskMethod
 from agcl.scoring import answer_logits, token_nll
 
 
@@ -26,13 +28,13 @@ class AGEM(TaskMethod):
     Args:
         rows_per_task: Rows kept of each task.
         batch_size: Rows, drawn from those of all old tasks anew for each step, that give the reference gradient.
-        seed: Choice of the rows for each step.
+        seed: Choice of the rows for each step; the data module's if left out.
 
     Raises:
         AgclError: If a value is not usable.
     """
 
-    def __init__(self, rows_per_task: int = 16, batch_size: int = 16, seed: int = 0) -> None:
+    def __init__(self, rows_per_task: int = 16, batch_size: int = 16, seed: int | None = None) -> None:
         super().__init__()
         for name, value in (("rows_per_task", rows_per_task), ("batch_size", batch_size)):
             if value < 1:
@@ -66,11 +68,12 @@ class AGEM(TaskMethod):
 
     def _reference_gradient(self, trainer: Trainer, pl_module: Any, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
         # The step alone decides on the rows: a resumed run draws the same.
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + trainer.global_step)
+        seed = resolve_seed(self.seed, trainer.datamodule)  # type: ignore[attr-defined]
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + trainer.global_step)
         chosen = torch.randperm(len(self.memory), generator=generator)[: self.batch_size].tolist()
         batch = collate([self.memory[row] for row in chosen], pl_module.tokenizer.pad_token_id)
         batch = pl_module.transfer_batch_to_device(batch, pl_module.device, 0)
-        with eval_mode(pl_module.model), torch.enable_grad(), trainer.precision_plugin.forward_context():
+        with evaluation_mode(pl_module.model), torch.enable_grad(), trainer.precision_plugin.forward_context():
             logits, targets = answer_logits(pl_module.model, batch)
             loss = token_nll(logits, targets).sum() / (targets != IGNORED_LABEL).sum()
         # Not backward(): what was accumulated in `.grad` stays as it is.

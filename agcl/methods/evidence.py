@@ -6,12 +6,12 @@ from typing import Any
 from lightning.pytorch import Trainer
 
 from agcl.attribution.estimators import Evidence
-from agcl.data.samples import training_samples
+from agcl.data.samples import resolve_seed, training_samples
 from agcl.errors import AgclError
 
 
 def task_evidence(
-    trainer: Trainer, pl_module: Any, task_index: int, parameters: str, num_samples: int, seed: int
+    trainer: Trainer, pl_module: Any, task_index: int, parameters: str, num_samples: int, seed: int | None
 ) -> Evidence:
     """A task's training rows, all of them alike whether answered correctly or not, run in batches as in training.
 
@@ -21,7 +21,7 @@ def task_evidence(
         task_index: 0-based.
         parameters: Regular expression; the trainable parameters whose name it is found in are to be scored.
         num_samples: Rows, at most.
-        seed: Choice of the rows, and of what the estimator draws.
+        seed: Choice of the rows, and of what the estimator draws; the data module's if None.
 
     Raises:
         AgclError: If the expression is none, or matches no trainable parameter.
@@ -42,6 +42,6 @@ def task_evidence(
         samples,
         num_samples,
         batch_size=datamodule.batch_size,
-        seed=seed,
+        seed=resolve_seed(seed, datamodule),
         only_correct=False,
     )

@@ -8,6 +8,7 @@ from torch.optim import Optimizer
 from agcl.attribution.estimators import Fisher, PerSampleGradient
 from agcl.errors import AgclError
 from agcl.methods.evidence import task_evidence
+from agcl.methods.interface import check_sequence
 from agcl.methods.quadratic import QuadraticPenalty
 
 
@@ -30,7 +31,7 @@ class EWC(Callback):
             Synapses.
         num_samples: Rows of each task, at most, that ``F`` is the mean over.
         parameters: Regular expression; only parameters whose name it is found in are penalised.
-        seed: Choice of the rows, draw of the labels.
+        seed: Choice of the rows, draw of the labels; the data module's if left out.
 
     Raises:
         AgclError: For other values; before training, for an optimizer that unscales gradients itself.
@@ -44,7 +45,7 @@ class EWC(Callback):
         estimator: PerSampleGradient | None = None,
         num_samples: int = 64,
         parameters: str = "",
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         if strength < 0:
             raise AgclError(f"`strength` is {strength}; choose 0 (no penalty) or more.")
@@ -63,6 +64,11 @@ class EWC(Callback):
         self.seed = seed
         self.penalty = QuadraticPenalty()
         self.num_boundaries = 0  # of the tasks that the penalty holds
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Refuse joint training; a run of its own begins without a penalty (what is resumed is loaded after this)."""
+        check_sequence(self, pl_module)
+        self.penalty, self.num_boundaries = QuadraticPenalty(), 0
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Check optimizer, parameters and architecture before anything is trained."""

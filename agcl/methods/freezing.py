@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, Trainer
 from torch import nn
 
 from agcl.errors import AgclError
+from agcl.methods.interface import check_sequence
 
 
 class Freezing(Callback):
@@ -33,6 +34,10 @@ class Freezing(Callback):
             task_index: 0-based.
         """
         raise NotImplementedError
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Refuse joint training."""
+        check_sequence(self, pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Check that the choice works and leaves something to learn with."""

@@ -3,10 +3,13 @@
 import math
 from collections import defaultdict
 from collections.abc import Collection, Mapping
+from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
 from torch import nn
 
+from agcl.data.samples import resolve_seed
 from agcl.errors import AgclError
 from agcl.methods.freezing import Freezing, by_block
 
@@ -23,25 +26,31 @@ class HFT(Freezing):
 
     Args:
         share: Of each category that is frozen, between 0 and 1, both excluded.
-        seed: Of the random choice, which depends on it and the task alone.
+        seed: Of the random choice, which depends on it and the task alone; the data module's if left out.
 
     Raises:
         AgclError: For another share, or, before anything is trained, a model without decoder blocks.
     """
 
-    def __init__(self, share: float = 0.5, seed: int = 0) -> None:
+    def __init__(self, share: float = 0.5, seed: int | None = None) -> None:
         super().__init__()
         if not 0 < share < 1:
             raise AgclError(f"`share` is {share}; choose a number between 0 and 1, both excluded.")
         self.share = share
         self.seed = seed
+        self._seed = seed or 0
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Refuse joint training; take the seed."""
+        super().setup(trainer, pl_module, stage)
+        self._seed = resolve_seed(self.seed, trainer.datamodule)  # type: ignore[attr-defined]
 
     def choose(self, model: nn.Module, trainable: Mapping[str, nn.Parameter], task_index: int) -> Collection[str]:
         """See :meth:`Freezing.choose`."""
         units = _units(trainable)
         if not units:
             raise AgclError("HFT finds no decoder blocks: no trainable parameter has a number in its name.")
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + task_index)
+        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + task_index)
         chosen: list[str] = []
         for blocks in units.values():
             due = 0.0

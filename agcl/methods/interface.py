@@ -1,12 +1,11 @@
 """What the methods share: acting once at each task's start, also in resumed runs, and saying what they keep."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
-from torch import nn
+
+from agcl.errors import AgclError
 
 
 class TaskMethod(Callback, ABC):
@@ -15,6 +14,11 @@ class TaskMethod(Callback, ABC):
     def __init__(self) -> None:
         self.task_begun: int | None = None
         """0-based index of the task being learned; None before training."""
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Refuse joint training; forget an earlier run (what is resumed is loaded after this)."""
+        check_sequence(self, pl_module)
+        self.task_begun = None
 
     def begin_task(self, trainer: Trainer, pl_module: Any, task_index: int) -> None:
         """Called once for each task, before its first training step.
@@ -48,13 +52,14 @@ class TaskMethod(Callback, ABC):
         self.task_begun = state_dict["task_begun"]
 
 
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put the model in eval mode, and each of its modules back in the mode it was in."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+def check_sequence(method: Callback, pl_module: Any) -> None:
+    """Refuse a method that acts between tasks where all are learned together.
+
+    Raises:
+        AgclError: Under ``regime: joint``.
+    """
+    if pl_module.tasks.regime == "joint":
+        raise AgclError(
+            f"{type(method).__name__} acts between tasks; under `regime: joint` there is one stretch of training. "
+            "Leave one of the two out."
+        )

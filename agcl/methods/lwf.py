@@ -7,9 +7,10 @@ from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from agcl.attribution.lrp import evaluation_mode
 from agcl.data.tasks import IGNORED_LABEL
 from agcl.errors import AgclError
-from agcl.methods.interface import TaskMethod, eval_mode
+from agcl.methods.interface import TaskMethod
 from agcl.scoring import answer_logits
 
 
@@ -38,6 +39,11 @@ class LwF(TaskMethod):
         self.temperature = temperature
         self.teacher: dict[str, Tensor] = {}
         """The trainable parameters as they were when the present task began; empty during the first task."""
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Refuse joint training; a run of its own begins without a teacher."""
+        super().setup(trainer, pl_module, stage)
+        self.teacher = {}
 
     def begin_task(self, trainer: Trainer, pl_module: Any, task_index: int) -> None:
         """From the second task on: the model as it is now becomes the teacher."""
@@ -95,7 +101,7 @@ def teacher_logits(model: nn.Module, weights: dict[str, Tensor], batch: dict[str
         batch: As for `answer_logits`, whose logits are returned.
     """
     named = {f"model.{name}": tensor for name, tensor in weights.items()}
-    with eval_mode(model), torch.no_grad():
+    with evaluation_mode(model), torch.no_grad():
         return functional_call(_AnswerLogits(model), named, (batch,))
 
 

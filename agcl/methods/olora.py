@@ -43,6 +43,7 @@ class OLoRA(TaskMethod):
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Have the tasks' adapters made as soon as the model is there, whose checkpoint may then be loaded."""
+        super().setup(trainer, pl_module, stage)
         self._names = [f"task{index}" for index in range(len(pl_module.tasks))]
         if pl_module.model is None:
             pl_module.model_changes.append(lambda: add_adapters(pl_module.model, self._names))

@@ -46,6 +46,7 @@ class OSF(TaskMethod):
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Check the settings; have the model decomposed as a checkpoint has it before that is loaded."""
+        super().setup(trainer, pl_module, stage)
         wanted = len(pl_module.tasks) - 1
         growing = [task / (wanted + 1) for task in range(1, wanted + 1)]
         self._shares = growing if self.preserved is None else self.preserved

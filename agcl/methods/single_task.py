@@ -6,6 +6,8 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
+from agcl.methods.interface import check_sequence
+
 
 class SingleTask(Callback):
     """At each task's start the trainable weights are set back to the initial ones: the reference for plasticity.
@@ -17,6 +19,11 @@ class SingleTask(Callback):
     def __init__(self) -> None:
         self._initial: dict[str, Tensor] = {}
         self._begun = -1  # the last task whose start was seen
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Refuse joint training; forget an earlier run (what is resumed is loaded after this)."""
+        check_sequence(self, pl_module)
+        self._initial, self._begun = {}, -1
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Keep the initial weights; on resuming they are known already."""

@@ -274,6 +274,26 @@ def test_resuming_with_kept_rows(dropout_folder, task_files, tmp_path, knowing, 
         assert metadata == files_of(resumed)[task][1]
 
 
+@pytest.mark.parametrize("crash_at", [6, 8, 12])
+def test_resuming_where_the_estimator_looks_at_a_tasks_start(dropout_folder, task_files, tmp_path, crash_at):
+    """From a checkpoint of an epoch's last batch, Lightning leaves the next epoch's start out."""
+    callback = attribution(estimator=Change())
+    straight, _ = fit(dropout_folder, task_files, tmp_path / "straight", callback)
+    make = lambda: attribution(estimator=Change())  # noqa: E731
+    model, resumed = crash_and_resume(dropout_folder, task_files, tmp_path, make, 1, crash_at)
+    assert same(callback.importance, resumed.importance)
+    assert same(weights(straight), weights(model))
+
+
+def test_kept_rows_count_as_extra_bytes(llama_folder, task_files, tmp_path, knowing):
+    sizes = []
+    for reestimate in (0, 2):
+        callback = attribution(reestimate=reestimate)
+        fit(llama_folder, task_files, tmp_path / str(reestimate), callback)
+        sizes.append(callback.extra_bytes())
+    assert sizes[0] < sizes[1] < sizes[0] + 10_000
+
+
 def test_resuming_with_kept_rows_needs_the_files(llama_folder, task_files, tmp_path, knowing):
     make = partial(attribution, reestimate=2)
     saving = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1)
