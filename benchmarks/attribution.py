@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from agcl.attribution import ImportanceConfig, Sample, attribute_batch
-from agcl.attribution.importance import SampleAggregator
+from agcl.attribution.importance import SampleAggregator, normalise
 from agcl.attribution.passes import target_logit
 from agcl.gating import UpdateGate
 from agcl.gating.plasticity import scaled_gradient
@@ -68,6 +68,17 @@ def random_importance(model):
         name: torch.randint(256, parameter.shape, dtype=torch.uint8, generator=generator)
         for name, parameter in model.named_parameters()
     }
+
+
+def found_importance(model, samples):
+    """Importance as attribution finds it: most rows of the embedding have none, which the update gate makes use of."""
+    aggregator = SampleAggregator(ImportanceConfig())
+
+    def consume(name, parameter, gradient):
+        aggregator.update(name, gradient.mul_(parameter.detach()))
+
+    attribute(model, samples, consume)
+    return normalise(aggregator.aggregate(), ImportanceConfig())
 
 
 clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
@@ -137,7 +148,7 @@ def time_by_part(model, samples):
 def gate_times(model, num_tokens, batch, repeats):
     samples = rows(model.config.vocab_size, num_tokens, batch)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
-    importance = random_importance(model)
+    importance = found_importance(model, samples)
     named = list(model.named_parameters())
 
     def train():
