@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 import yaml
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import Callback, Trainer, seed_everything
 
 from agcl.attribution import ImportanceConfig
 from agcl.callbacks import AttributionCallback
@@ -14,6 +14,25 @@ from agcl.data.tasks import Task
 from agcl.module import ContinualLM
 
 EPOCHS = 3
+
+
+class CrashError(RuntimeError):
+    """Stands for a killed process."""
+
+
+class CrashAt(Callback):
+    """Stops the process before training step ``step``; in the last scoring, if that is how many steps there are."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == self.step:
+            raise CrashError
+
+    def on_validation_start(self, trainer, pl_module):
+        if trainer.global_step == self.step and trainer.current_epoch == trainer.max_epochs - 1:
+            raise CrashError
 
 
 def tasks(files, epochs=EPOCHS, **options):

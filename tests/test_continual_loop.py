@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 from conftest import save_tiny_model
-from helpers import EPOCHS, attribution, build, trainer_for, weights
+from helpers import EPOCHS, CrashAt, CrashError, attribution, build, trainer_for, weights
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -120,23 +120,6 @@ def test_all_tasks_and_probes_are_scored_before_and_after_each_task(llama_folder
     assert transfer["learning_accuracy"].item() == pytest.approx(scores[1:].diagonal().mean().item())
     backward = [scores[3, i] - scores[i + 1, i] for i in range(2)]
     assert trainer.callback_metrics["transfer/backward_transfer"].item() == pytest.approx(sum(backward).item() / 2)
-
-
-class CrashError(RuntimeError):
-    """Stands for a killed process."""
-
-
-class CrashAt(Callback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if trainer.global_step == self.step:
-            raise CrashError
-
-    def on_validation_start(self, trainer, pl_module):
-        if trainer.global_step == self.step == 6 * EPOCHS:  # after the very last step
-            raise CrashError
 
 
 @pytest.fixture(scope="module")

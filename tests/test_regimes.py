@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import EPOCHS, attribution, build, trainer_for, weights
+from helpers import EPOCHS, CrashAt, CrashError, attribution, build, trainer_for, weights
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
@@ -22,22 +22,15 @@ JOINT = {"regime": "joint"}
 
 
 class Recorder(Callback):
-    """Batches and learning rates, step by step; stops the process before step ``crash_at``."""
+    """Batches and learning rates, step by step."""
 
-    def __init__(self, crash_at=None):
-        self.crash_at = crash_at
+    def __init__(self):
         self.batches, self.rates = [], []
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if trainer.global_step == self.crash_at:
-            raise CrashError
         assert trainer.num_training_batches == trainer.datamodule.num_batches(trainer.current_epoch)
         self.batches.append({name: v.clone() if isinstance(v, torch.Tensor) else v for name, v in batch.items()})
         self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
-
-
-class CrashError(RuntimeError):
-    """Stands for a killed process."""
 
 
 def build_joint(folder, files, **options):
@@ -141,22 +134,22 @@ def test_resumed_run_sees_the_same_batches(gpt2_folder, task_files, tmp_path, op
 
     model, data = build(gpt2_folder, task_files, data_options=options)
     keep = ModelCheckpoint(tmp_path / "checkpoints", save_top_k=-1, filename="{step}", every_n_train_steps=1)
-    first = Recorder(crash_at)
-    if crash_at < len(whole.batches):
-        with pytest.raises(CrashError):
-            trainer_for(data, tmp_path, [first, keep], enable_checkpointing=True).fit(model, datamodule=data)
-    else:  # a checkpoint of the very last step, taken before the last scoring
-        trainer_for(data, tmp_path, [first, keep], enable_checkpointing=True).fit(model, datamodule=data)
+    first = Recorder()
+    with pytest.raises(CrashError):
+        trainer_for(data, tmp_path, [CrashAt(crash_at), first, keep], enable_checkpointing=True).fit(
+            model, datamodule=data
+        )
     model, data = build(gpt2_folder, task_files, data_options=options)
     second = Recorder()
     checkpoint = tmp_path / "checkpoints" / f"step={crash_at}.ckpt"
     trainer_for(data, tmp_path, [second]).fit(model, datamodule=data, ckpt_path=checkpoint)
 
-    batches = first.batches[:crash_at] + second.batches
+    assert len(first.batches) == crash_at
+    batches = first.batches + second.batches
     assert len(batches) == len(whole.batches)
     for ours, theirs in zip(batches, whole.batches, strict=True):
         assert torch.equal(ours["input_ids"], theirs["input_ids"])
-    assert first.rates[:crash_at] + second.rates == whole.rates
+    assert first.rates + second.rates == whole.rates
     for name, parameter in weights(model).items():
         assert torch.equal(parameter, weights(straight)[name]), name
     ours, theirs = (m.score_matrices["nll"].compute() for m in (model, straight))

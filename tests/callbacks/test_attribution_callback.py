@@ -1,8 +1,9 @@
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
 import torch
-from helpers import EPOCHS, attribution, build, trainer_for, weights
+from helpers import EPOCHS, CrashAt, CrashError, attribution, build, trainer_for, weights
 from lightning.pytorch import Callback
 
 from agcl.attribution import ImportanceConfig, parameter_relevance
@@ -164,19 +165,12 @@ def test_only_parameters_of_the_pattern(llama_folder, task_files, tmp_path, know
 
 
 def test_no_hook_is_left_behind(llama_folder, task_files, tmp_path, knowing):
-    class Crash(Callback):
-        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            if trainer.current_epoch == 2 * EPOCHS:
-                raise RuntimeError("crash")
-
-    for callbacks in ([], [Crash()]):
+    for callbacks in ([], [CrashAt(4 * EPOCHS)]):  # two steps an epoch: at the third task's first
         model, data = build(llama_folder, task_files, optimizer=SGD)
         callback = attribution(gate="gradient")
         trainer = trainer_for(data, tmp_path, [callback, *callbacks])
-        try:
+        with pytest.raises(CrashError) if callbacks else nullcontext():
             trainer.fit(model, datamodule=data)
-        except RuntimeError:
-            assert callbacks
         assert callback._attached is None
         assert all(not parameter._backward_hooks for parameter in model.parameters())
 

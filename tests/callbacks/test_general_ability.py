@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from helpers import build, trainer_for, weights
+from helpers import CrashAt, CrashError, build, trainer_for, weights
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
@@ -100,19 +100,6 @@ def test_an_adapter_is_measured_with_its_base(llama_folder, task_files, tmp_path
     base = AutoModelForCausalLM.from_pretrained(llama_folder)
     assert nll[0] == pytest.approx(reference(base, llama_folder, text_file), rel=1e-5)  # LoRA starts at zero
     assert nll[-1] == pytest.approx(reference(model.model.merge_and_unload(), llama_folder, text_file), rel=1e-4)
-
-
-class CrashError(RuntimeError):
-    """Stands for a killed process."""
-
-
-class CrashAt(Callback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if trainer.global_step == self.step:
-            raise CrashError
 
 
 # Task 2 takes steps 6 to 11: inside of it, and from a checkpoint taken after its last step, before scoring.

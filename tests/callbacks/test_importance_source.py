@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import save_tiny_model
-from helpers import EPOCHS, attribution, build, trainer_for, weights
+from helpers import EPOCHS, CrashAt, CrashError, attribution, build, trainer_for, weights
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
@@ -37,19 +37,6 @@ def fit(folder, files, run_dir, *callbacks, seed=0, ckpt_path=None, model_option
 
 def same(left, right):
     return left.keys() == right.keys() and all(torch.equal(values, right[name]) for name, values in left.items())
-
-
-class CrashError(RuntimeError):
-    pass
-
-
-class CrashAt(Callback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if trainer.global_step == self.step:
-            raise CrashError
 
 
 def crash_and_resume(folder, files, run_dir, make_callback, every_n_steps, crash_at, seed=0, model_options=None):

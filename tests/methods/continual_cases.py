@@ -2,24 +2,10 @@
 
 import pytest
 import torch
-from helpers import EPOCHS, build, trainer_for, weights
-from lightning.pytorch import Callback
+from helpers import EPOCHS, CrashAt, CrashError, build, trainer_for, weights
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from agcl.data.tasks import collate
-
-
-class CrashError(RuntimeError):
-    """Stands for a killed process."""
-
-
-class CrashAt(Callback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if trainer.global_step == self.step:
-            raise CrashError
 
 
 def batch_of(data, task_index=0):

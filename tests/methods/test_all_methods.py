@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from helpers import EPOCHS, build, trainer_for, weights
-from lightning.pytorch import Callback
+from helpers import EPOCHS, CrashAt, CrashError, build, trainer_for, weights
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from agcl.methods import EWC, HFT, LayerFreezing, MoFO, SingleTask
@@ -16,19 +15,6 @@ METHODS = {
     "mofo": lambda: MoFO(0.2),
     "single-task": SingleTask,
 }
-
-
-class CrashError(RuntimeError):
-    """Stands for a killed process."""
-
-
-class CrashAt(Callback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if trainer.global_step == self.step:
-            raise CrashError
 
 
 def equal(one, two):
