@@ -45,7 +45,8 @@ class GatedParameter:
 
     def held_rows(self, parameter: Tensor) -> Tensor | None:
         """Indices of the rows with any importance beside the parameter, if those are at most half; else None."""
-        self.local_importance(parameter)
+        if self.moves:  # else importance would be carried over once more just to look at it
+            self.local_importance(parameter)
         return self._rows
 
     def held(self) -> list[Tensor]:
