@@ -3,13 +3,13 @@
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
 from torch import Tensor
 
-from agcl.methods.interface import check_sequence
+from agcl.methods.interface import TaskMethod
 
 
-class SingleTask(Callback):
+class SingleTask(TaskMethod):
     """At each task's start the trainable weights are set back to the initial ones: the reference for plasticity.
 
     The diagonal of the score matrix then tells how well each task is learned alone, with the same data order, optimizer
@@ -17,13 +17,13 @@ class SingleTask(Callback):
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self._initial: dict[str, Tensor] = {}
-        self._begun = -1  # the last task whose start was seen
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        """Refuse joint training; forget an earlier run (what is resumed is loaded after this)."""
-        check_sequence(self, pl_module)
-        self._initial, self._begun = {}, -1
+        """See :meth:`TaskMethod.setup`."""
+        super().setup(trainer, pl_module, stage)
+        self._initial = {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Keep the initial weights; on resuming they are known already."""
@@ -31,19 +31,9 @@ class SingleTask(Callback):
             named = pl_module.model.named_parameters()
             self._initial = {name: p.detach().to("cpu", copy=True) for name, p in named if p.requires_grad}
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Set the weights back, if a task begins."""
-        self._begin(pl_module)
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """The same where Lightning, on resuming, left the epoch's start out."""
-        self._begin(pl_module)
-
     @torch.no_grad()
-    def _begin(self, pl_module: Any) -> None:
-        if self._begun == pl_module.task_index:
-            return
-        self._begun = pl_module.task_index
+    def begin_task(self, trainer: Trainer, pl_module: Any, task_index: int) -> None:
+        """Set the weights back."""
         for name, parameter in pl_module.model.named_parameters():
             if name in self._initial:
                 parameter.copy_(self._initial[name])
@@ -53,9 +43,10 @@ class SingleTask(Callback):
         return sum(weights.numel() * weights.element_size() for weights in self._initial.values())
 
     def state_dict(self) -> dict[str, Any]:
-        """The initial weights, and which task has begun."""
-        return {"initial": dict(self._initial), "begun": self._begun}
+        """The initial weights, too."""
+        return {**super().state_dict(), "initial": dict(self._initial)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` gave."""
-        self._initial, self._begun = dict(state_dict["initial"]), state_dict["begun"]
+        super().load_state_dict(state_dict)
+        self._initial = dict(state_dict["initial"])
