@@ -239,6 +239,18 @@ def test_figure_shows_each_run_and_lines_of_equal_performance(setting):
         assert learning + transfer / 2 == pytest.approx(float(annotation.get_text().removeprefix("AP ")))
 
 
+def test_data_folder_from_the_command_line(tmp_path, monkeypatch):
+    (tmp_path / "base.yaml").write_text("{}")
+    content = {"base": [str(tmp_path / "base.yaml")], "methods": {"plain": {}}, "seeds": [0], "output": "out"}
+    (tmp_path / "comparison.yaml").write_text(yaml.safe_dump(content))
+    given = []
+    monkeypatch.setattr("agcl.compare.comparing.run_in_processes", lambda runs, *_: given.extend(runs))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):  # nothing has run
+        main(["compare", "--config", str(tmp_path / "comparison.yaml"), "--data_dir", "some/folder"])
+    assert [run.config["data"]["data_dir"] for run in given] == ["some/folder"]
+
+
 def test_real_runs(llama_folder, task_files, tmp_path, monkeypatch, capsys):
     """Two methods, two seeds, and a method whose configuration cannot work."""
     (tmp_path / "fit").mkdir()
