@@ -70,7 +70,7 @@ def test_labels_of_the_card_are_rendered_by_name(repository):
 
 
 def test_missing_subset_is_named(repository):
-    with pytest.raises(AgclError, match="Task `reviews`: split `train` of .* cannot be loaded: .*'medium' not found"):
+    with pytest.raises(AgclError, match=r"Task `reviews`: split `train` of .* cannot be loaded: .*'medium' not found"):
         load_rows(task(repository, subset="medium"), "train", ["text"])
 
 
