@@ -44,7 +44,7 @@ class AgclCLI(LightningCLI):
         config = self.config[self.subcommand] if self.subcommand else self.config
         _check_checkpoint_file(config.get("ckpt_path"))
         trainer = config.trainer
-        configured = [callback.class_path for callback in [*(trainer.callbacks or []), *config.extra_callbacks]]
+        configured = [callback.class_path for callback in _all_callbacks(config)]
         if trainer.enable_progress_bar is False or any(path.endswith("ProgressBar") for path in configured):
             defaults = self.trainer_defaults["callbacks"]
             self.trainer_defaults["callbacks"] = [c for c in defaults if not isinstance(c, TaskProgressBar)]
@@ -57,11 +57,16 @@ class AgclCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Give the Trainer the extra callbacks too."""
         config = self.config_init[self.subcommand] if self.subcommand else self.config_init
-        callbacks = [*(config.trainer.callbacks or []), *config.extra_callbacks]
-        return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+        return super().instantiate_trainer(callbacks=_all_callbacks(config), **kwargs)
 
     def _parse_ckpt_path(self) -> None:
         """Leave the configuration as given: a checkpoint of another model is to be refused, not trained silently."""
+
+
+def _all_callbacks(config: Any) -> list[Any]:
+    """``trainer.callbacks``, which may be a single one, and ``extra_callbacks``."""
+    callbacks = config.trainer.callbacks or []
+    return [*(callbacks if isinstance(callbacks, list) else [callbacks]), *config.extra_callbacks]
 
 
 def _check_checkpoint_file(path: str | None) -> None:

@@ -226,10 +226,12 @@ def test_extra_callbacks_stay_under_an_overlay(llama_folder, task_files, tmp_pat
         extra_callbacks=[{"class_path": "agcl.GeneralAbility", "init_args": options}],
     )
     monkeypatch.setattr(sys, "argv", ["agcl"])
-    main(["fit", "--config", str(base), "--config", str(CONFIGS / "method" / "sequential.yaml")])
+    single = tmp_path / "single.yaml"  # a callback in place of a list
+    single.write_text("trainer: {callbacks: {class_path: lightning.pytorch.callbacks.RichModelSummary}}")
+    main(["fit", "--config", str(base), "--config", str(single)])
     folder = tmp_path / "run" / "version_0"
     ability = json.loads((folder / "scores.json").read_text())["general_ability"]
     assert ability["forgetting"] == pytest.approx(ability["nll"][1] - ability["nll"][0])
     saved = yaml.safe_load((folder / "config.yaml").read_text())  # it tells the same run again
-    assert saved["trainer"]["callbacks"] == []
+    assert saved["trainer"]["callbacks"]["class_path"].endswith("RichModelSummary")
     assert saved["extra_callbacks"][0]["class_path"].endswith("GeneralAbility")
