@@ -109,6 +109,7 @@ def test_each_method_runs_dry(comparison, method, roomy_model, tmp_path, monkeyp
             *run.command()[3:],
             *("--model.model_name_or_path", str(roomy_model), "--data.data_dir", str(tmp_path)),
             *("--trainer.fast_dev_run", "true", "--trainer.accelerator", "cpu"),
+            *("--trainer.default_root_dir", str(tmp_path)),  # a dry run has no logger's folder
         ]
     )
     names = run.config["data"].get("order", [task["name"] for task in tasks])
