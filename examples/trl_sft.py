@@ -48,8 +48,9 @@ def run(folder, seed=0):
         config=ImportanceConfig(quantile=0.2),  # a strong gate
     )
     learn(model, tokenizer, "welsh", folder, recorder)
+    gate = ImportanceGate(importance_file)
     results = {}
-    for name, callbacks in {"without the gate": [], "with the gate": [ImportanceGate(importance_file)]}.items():
+    for name, callbacks in {"without the gate": [], "with the gate": [gate]}.items():
         twin = twin_of(model)
         learn(twin, tokenizer, "finnish", folder, *callbacks)
         results[name] = loss(twin, old_rows), loss(twin, new_rows)

@@ -1,7 +1,7 @@
 """What the examples share: a tiny random model, two tasks to learn one after the other, and how both are measured.
 
-The tasks are names of countries and languages in Welsh and in Finnish, spelled out letter by letter by a model of 50 thousand random
-weights, so that everything runs on a CPU in seconds.
+The tasks are names of countries and languages in Welsh and in Finnish, spelled out letter by letter by a model of 50
+thousand random weights, so that everything runs on a CPU in seconds.
 """
 
 import json
@@ -33,9 +33,7 @@ def tiny_tokenizer():
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>", pad_token="<eos>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>", pad_token="<eos>")
 
 
 def tiny_model(tokenizer, seed=0):
@@ -58,7 +56,8 @@ def tiny_model(tokenizer, seed=0):
 
 
 def twin_of(model):
-    """Another model with the same weights. (A deep copy would not do: TRL ties a model's forward pass to the object.)"""
+    """Another model with the same weights."""
+    # A deep copy would not do: TRL ties a model's forward pass to the object.
     twin = type(model)(model.config)
     twin.load_state_dict(model.state_dict())
     return twin

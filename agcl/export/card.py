@@ -1,7 +1,7 @@
 """The model card: what the model learned in which order, how well it does, and what it was made with."""
 
 from collections.abc import Callable, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -64,7 +64,9 @@ def _summary(trained: Trained, is_adapter: bool) -> str:
         how = f"{total} tasks learned one after another"
     else:
         how = f"the first {count} of {total} tasks learned one after another"
-    return f"{what} `{trained.model_name}`: {how} with `agcl` (attribution-guided continual learning, arXiv 2605.05285)."
+    return (
+        f"{what} `{trained.model_name}`: {how} with `agcl` (attribution-guided continual learning, arXiv 2605.05285)."
+    )
 
 
 def _use(trained: Trained, is_adapter: bool) -> str:
@@ -80,7 +82,9 @@ def _use(trained: Trained, is_adapter: bool) -> str:
         lines = [f'base = AutoModelForCausalLM.from_pretrained("{trained.model_name}")']
         lines += ["model = PeftModel.from_pretrained(base, FOLDER)"]
     lines += ["tokenizer = AutoTokenizer.from_pretrained(FOLDER)"]
-    return "\n".join(["```python", *imports, "", *lines, "```", "", "`FOLDER` is this folder, or its repository's name."])
+    return "\n".join(
+        ["```python", *imports, "", *lines, "```", "", "`FOLDER` is this folder, or its repository's name."]
+    )
 
 
 def _tasks(trained: Trained) -> str:
@@ -109,14 +113,19 @@ def _score_matrix(trained: Trained) -> str:
 def _metrics(trained: Trained) -> str:
     matrix = trained.scores
     values = {key: (function(matrix).item(), meaning) for key, (function, meaning) in _METRICS.items()}
-    return _table(["metric", "value", "meaning"], [[key, _number(v) or "undefined", m] for key, (v, m) in values.items()])
+    return _table(
+        ["metric", "value", "meaning"], [[key, _number(v) or "undefined", m] for key, (v, m) in values.items()]
+    )
 
 
 def _importance(trained: Trained) -> str:
     if not trained.importance:
         return "There are no importance files: the run computed none, or they lie elsewhere."
     rows = [
-        [f"`importance/{file.path.name}`", *(file.metadata.get(key, "") for key in ("task", "estimator", "num_samples"))]
+        [
+            f"`importance/{file.path.name}`",
+            *(file.metadata.get(key, "") for key in ("task", "estimator", "num_samples")),
+        ]
         for file in trained.importance
     ]
     files = ", ".join(f'"importance/{file.path.name}"' for file in trained.importance)
@@ -142,20 +151,13 @@ def _versions(trained: Trained) -> str:
     versions = facts.get("versions") or {}
     rows = [["trained with", ", ".join(f"{name} {number}" for name, number in versions.items()) or "not known"]]
     rows.append(["exported with", ", ".join([f"agcl {__version__}", *_installed(("torch", "transformers", "peft"))])])
-    for key in ("precision", "seed", "evaluate_on", "replay"):
-        if facts.get(key) is not None:
-            rows.append([key.replace("_", " "), str(facts[key])])
+    settings = ("precision", "seed", "evaluate_on", "replay")
+    rows += [[key.replace("_", " "), str(facts[key])] for key in settings if facts.get(key) is not None]
     return _table(["", ""], [["regime", trained.regime], *rows])
 
 
 def _installed(names: Sequence[str]) -> list[str]:
-    found = []
-    for name in names:
-        try:
-            found.append(f"{name} {version(name)}")
-        except PackageNotFoundError:
-            continue
-    return found
+    return [f"{name} {version(name)}" for name in names]
 
 
 def _eval_results(trained: Trained) -> list[EvalResult]:

@@ -11,6 +11,7 @@ from helpers import attribution, build, trainer_for
 from huggingface_hub import ModelCard
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
+from matplotlib.figure import Figure
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -44,6 +45,7 @@ def run(request, llama_folder, task_files, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("agcl.attribution.relevance.is_correct", lambda logits, targets: True)
+        patch.setattr("agcl.callbacks.report.plot_score_matrix", lambda *args, **kwargs: (Figure((1, 1)), None))
         options = {"task_options": {"epochs": EPOCHS}, "adapter": ADAPTERS[request.param]}
         model, data = build(llama_folder, task_files, **options)
         checkpoints = ModelCheckpoint(folder / "checkpoints", "{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
@@ -58,7 +60,9 @@ def exported_logits(run, output):
     model = AutoModelForCausalLM.from_pretrained(run.base if run.kind == "lora" else output)
     if run.kind == "lora":
         model = PeftModel.from_pretrained(model, output)
-    assert AutoTokenizer.from_pretrained(output).decode([5, 6]) == AutoTokenizer.from_pretrained(run.base).decode([5, 6])
+    assert AutoTokenizer.from_pretrained(output).decode([5, 6]) == AutoTokenizer.from_pretrained(run.base).decode(
+        [5, 6]
+    )
     return model.eval()(IDS).logits
 
 
@@ -147,7 +151,9 @@ def test_importance_is_of_the_tasks_learned_and_not_of_what_came_later(tmp_path)
     folder = hand_made_run(tmp_path / "run", tasks=["a", "b"])
     levels = {"weight": torch.zeros(4, 4, dtype=torch.uint8), "other": torch.ones(4, 4, dtype=torch.uint8)}
     save_importance(folder / "importance" / "00_a.safetensors", levels, {"task": "a"}, max_shard_bytes=16)
-    save_importance(folder / "importance" / "00_a_after_01.safetensors", levels, {"task": "a", "reestimated_after": "b"})
+    save_importance(
+        folder / "importance" / "00_a_after_01.safetensors", levels, {"task": "a", "reestimated_after": "b"}
+    )
     save_importance(folder / "importance" / "00_x.safetensors", levels, {"task": "x"})
     assert [file.path.name for file in find_trained(folder).importance] == [
         "00_a.safetensors",

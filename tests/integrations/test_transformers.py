@@ -115,7 +115,9 @@ def test_important_weights_stand_still_under_the_trainers_own_optimizers(llama_f
 def test_an_adapter_is_gated_under_its_own_names(llama_folder, tmp_path):
     model = get_peft_model(load(llama_folder), LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
     start = weights(model)
-    frozen = {name: torch.full(p.shape, 255, dtype=torch.uint8) for name, p in model.named_parameters() if "lora_A" in name}
+    frozen = {
+        name: torch.full(p.shape, 255, dtype=torch.uint8) for name, p in model.named_parameters() if "lora_A" in name
+    }
     trainer_for(model, tmp_path, ImportanceGate(frozen), max_steps=2).train()
     moved = {name for name, p in model.named_parameters() if not torch.equal(p.detach(), start[name])}
     assert moved == {name for name in start if "lora_B" in name}
