@@ -43,6 +43,7 @@ def test_plain_pytorch_and_no_example_loads_lightning():
     check(json.loads(done.stdout.splitlines()[-1]))
 
 
+@pytest.mark.slow  # the notebook, which is always run, and TRL's trainer go the same way
 def test_hugging_face_trainer(example, tmp_path):
     check(example("hf_trainer").run(tmp_path))
 

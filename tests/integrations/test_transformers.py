@@ -98,14 +98,21 @@ def test_an_accumulated_step_moves_each_weight_by_its_plasticity(llama_folder, t
     assert any((moved[name] - start[name]).abs().max() > 1e-3 for name in start)
 
 
-@pytest.mark.parametrize("options", [{}, {"bf16": True}, {"max_grad_norm": 0.1}, {"optim": "adafactor"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bf16": True, "max_grad_norm": 0.1},
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param({"optim": "adafactor"}, marks=pytest.mark.slow),
+    ],
+)
 def test_important_weights_stand_still_under_the_trainers_own_optimizers(llama_folder, tmp_path, options):
     model = load(llama_folder)
     start = weights(model)
     importance = {name: torch.zeros(p.shape, dtype=torch.uint8) for name, p in model.named_parameters()}
     for levels in importance.values():
         levels.view(-1)[::2] = 255
-    trainer_for(model, tmp_path, ImportanceGate(importance), max_steps=3, weight_decay=0.1, **options).train()
+    trainer_for(model, tmp_path, ImportanceGate(importance), max_steps=2, weight_decay=0.1, **options).train()
     for name, weight in model.named_parameters():
         moved = (weight.detach() != start[name]).view(-1)
         assert not moved[::2].any(), name
@@ -148,9 +155,9 @@ def test_importance_of_a_task_is_that_of_the_model_at_the_end(llama_folder, tmp_
     path = tmp_path / "task.safetensors"
     plain, model = load(llama_folder), load(llama_folder)
     recorder = TaskImportance(path, "names", num_samples=4, only_correct=False)
-    trainer = trainer_for(model, tmp_path, recorder, max_steps=3)
+    trainer = trainer_for(model, tmp_path, recorder, max_steps=2)
     trainer.train()
-    trainer_for(plain, tmp_path, max_steps=3).train()
+    trainer_for(plain, tmp_path, max_steps=2).train()
     assert all(torch.equal(a, b) for a, b in zip(weights(plain).values(), weights(model).values(), strict=True))
     expected = agcl.compute_importance(model, ROWS, num_samples=4, only_correct=False)
     for name, levels in expected.items():
