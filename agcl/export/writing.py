@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from peft import get_peft_config, get_peft_model
 
+from agcl.attribution.storage import index_of
 from agcl.errors import AgclError
 from agcl.models import load_model, load_tokenizer, save_model
 
@@ -54,8 +55,7 @@ def export_model(trained: Trained, output: Path, *, name: str | None = None, tru
 
 def _copy_importance(files: list[Path], path: Path, folder: Path) -> None:
     folder.mkdir(exist_ok=True)
-    index = path.with_name(f"{path.name}.index.json")
-    for file in [*files, *([index] if len(files) > 1 else [])]:
+    for file in [*files, *([index_of(path)] if index_of(path).exists() and path not in files else [])]:
         shutil.copy2(file, folder / file.name)
 
 
