@@ -26,6 +26,8 @@ _HOMES = {
     "UnsupportedModelError": "agcl.errors",
     "UpdateGate": "agcl.gating",
     "WarmupDecay": "agcl.schedules",
+    "compute_importance": "agcl.attribution",
+    "gate": "agcl.integrations.pytorch",
     "lrp_rules": "agcl.attribution",
     "parameter_relevance": "agcl.attribution",
 }
@@ -48,18 +50,21 @@ __all__ = [
     "UpdateGate",
     "WarmupDecay",
     "__version__",
+    "compute_importance",
+    "gate",
     "lrp_rules",
     "parameter_relevance",
 ]
 
 if TYPE_CHECKING:
-    from agcl.attribution import ImportanceConfig, lrp_rules, parameter_relevance
+    from agcl.attribution import ImportanceConfig, compute_importance, lrp_rules, parameter_relevance
     from agcl.callbacks import AttributionCallback, ContinualMonitor, ContinualReport, GeneralAbility, TaskProgressBar
     from agcl.data.datamodule import ContinualDataModule
     from agcl.data.replay import Replay
     from agcl.data.tasks import Probe, Task
     from agcl.errors import AgclError, UnsupportedModelError
     from agcl.gating import GradientGate, UpdateGate
+    from agcl.integrations.pytorch import gate
     from agcl.module import ContinualLM
     from agcl.schedules import WarmupDecay
 

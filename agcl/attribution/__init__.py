@@ -20,6 +20,7 @@ _HOMES = {
     "attribute_sample": "relevance",
     "check_model": "selfcheck",
     "check_importance": "artefact",
+    "compute_importance": "computing",
     "conservation_error": "selfcheck",
     "fingerprint": "fingerprints",
     "load_importance": "artefact",
@@ -45,6 +46,7 @@ __all__ = [
     "attribute_sample",
     "check_importance",
     "check_model",
+    "compute_importance",
     "conservation_error",
     "fingerprint",
     "load_importance",
@@ -59,6 +61,7 @@ __all__ = [
 if TYPE_CHECKING:
     from agcl.attribution.artefact import check_importance, load_importance, open_importance, save_importance
     from agcl.attribution.checkreport import ModelCheck
+    from agcl.attribution.computing import compute_importance
     from agcl.attribution.fingerprints import fingerprint
     from agcl.attribution.importance import ImportanceConfig
     from agcl.attribution.lrp import LRPContext, Rule, lrp_rules

@@ -11,6 +11,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from agcl.commands.check_model import check_model
 from agcl.commands.compare_methods import compare_methods
+from agcl.commands.export import export
 from agcl.commands.importance import compare, merge, show
 
 Command = Callable[..., int | None]
@@ -24,6 +25,7 @@ COMMANDS: dict[str, Command | dict[str, Any]] = {
     },
     "check-model": check_model,
     "compare": compare_methods,
+    "export": export,
 }
 """What may follow ``agcl``: a function, or a mapping of further words to functions, ``_help`` saying what it is.
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from agcl.attribution.passes import Sample
-from agcl.data.tasks import IGNORED_LABEL
+from agcl.attribution.rows import samples_of
 
 
 def training_samples(datamodule: Any, task_index: int, *, seed: int | None, device: torch.device) -> Iterator[Sample]:
@@ -38,11 +38,7 @@ def as_samples(rows: Iterable[Mapping[str, Any]], device: torch.device) -> Itera
         rows: With ``input_ids`` and ``labels``, -100 but on the answer.
         device: Where the tensors are made.
 
-    Yields:
+    Returns:
         One sample per row.
     """
-    for row in rows:
-        input_ids, labels = (torch.tensor(row[key], device=device) for key in ("input_ids", "labels"))
-        answer = (labels != IGNORED_LABEL).nonzero().flatten()
-        # The logits at one position predict the next token.
-        yield Sample(input_ids, positions=answer - 1, targets=labels[answer])
+    return samples_of(rows, device)

@@ -1,0 +1,148 @@
+"""Importance of what a model has learned, from its training rows, for any PyTorch training loop."""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import AgclError
+from .artefact import save_importance
+from .estimators import LRP, Estimator, Evidence
+from .fingerprints import fingerprint
+from .importance import ImportanceConfig, normalise
+from .levels import DTYPES, Bits
+from .rows import samples_of
+
+
+def compute_importance(
+    model: nn.Module,
+    rows: Iterable[Any],
+    *,
+    num_samples: int = 16,
+    batch_size: int = 1,
+    estimator: Estimator | None = None,
+    config: ImportanceConfig = ImportanceConfig(),  # noqa: B008 (immutable)
+    only_correct: bool = True,
+    parameters: str = "",
+    bits: Bits = 8,
+    seed: int = 0,
+    save_to: str | Path | None = None,
+    task: str | None = None,
+) -> dict[str, Tensor]:
+    """Importance of each weight for a task that the model has learned (arXiv 2605.05285, Eqs. 10-12).
+
+    Runs the model in evaluation mode; its weights, gradients and mode are left as they are. Where several processes
+    train copies of a model, give all of them the same rows, since all must gate alike.
+
+    Args:
+        model: A causal language model, of transformers or PEFT.
+        rows: The task's training rows, or batches of them, with ``input_ids`` and ``labels``, as `samples_of` takes
+            them: a data set, a ``DataLoader``, a list. Read in their order until enough are used, so shuffle what is
+            sorted.
+        num_samples: Rows to use.
+        batch_size: Rows that are run together, however they come.
+        estimator: What scores the weights; ``LRP()``, the paper's, if left out.
+        config: How scores over samples become importance.
+        only_correct: Leave out rows of which the model does not predict every answer token. Set it to False for plain
+            text, of which no model knows every token.
+        parameters: Regular expression; only parameters that require a gradient and whose name it is found in are
+            scored.
+        bits: 8 for uint8, ``importance = value / 255``; 16 for uint16, ``value / 65535``.
+        seed: For estimators that draw random numbers.
+        save_to: Write the importance to this ``.safetensors`` file, too.
+        task: The task's name, for the file.
+
+    Returns:
+        Parameter name to uint8 or uint16 tensor of its shape, on its device.
+
+    Raises:
+        AgclError: For options or rows that cannot be used, and if no row is answered correctly.
+        UnsupportedModelError: If the estimator cannot see into the model.
+    """
+    check_options(num_samples, batch_size, bits, parameters)
+    estimator = LRP() if estimator is None else estimator
+    device = next(model.parameters()).device
+    names = parameter_names(model, parameters)
+    evidence = Evidence(
+        model,
+        names,
+        samples_of(rows, device),
+        num_samples,
+        batch_size=batch_size,
+        config=config,
+        seed=seed,
+        only_correct=only_correct,
+    )
+    scores = estimator.scores(evidence)
+    if not scores:
+        raise AgclError(
+            "No row is answered correctly, token by token, so there is nothing to protect: train longer, give the rows "
+            "that were learned, or set `only_correct` to False for plain text."
+        )
+    importance = normalise(scores, config, bits)
+    if save_to is not None:
+        settings = {
+            "task": task or Path(save_to).stem,
+            "model": getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__,
+            "fingerprint": fingerprint(model.named_parameters()),
+            "num_samples": evidence.num_used,
+            "source": "running",
+            **estimator.describe(),
+            **vars(config),
+        }
+        save_importance(save_to, importance, settings)
+    return importance
+
+
+def check_computable(
+    model: nn.Module, rows: Iterable[Any], *, estimator: Estimator | None = None, parameters: str = ""
+) -> None:
+    """Check before training that `compute_importance` will be able to use the rows and see into the model.
+
+    Args:
+        model: See `compute_importance`.
+        rows: Of which the first one with an answer is run, whether it is answered correctly or not.
+        estimator: See `compute_importance`.
+        parameters: See `compute_importance`.
+
+    Raises:
+        AgclError: See `compute_importance`; also if no row has an answer.
+        UnsupportedModelError: See `compute_importance`.
+    """
+    names = parameter_names(model, parameters)
+    first = next(samples_of(rows, next(model.parameters()).device), None)
+    if first is None:
+        raise AgclError("No row for attribution has a label other than -100, so none has an answer.")
+    (LRP() if estimator is None else estimator).check(model, names, first)
+
+
+def parameter_names(model: nn.Module, parameters: str = "") -> list[str]:
+    """Names of the parameters that require a gradient and that the regular expression is found in.
+
+    Raises:
+        AgclError: If there is none.
+    """
+    named = model.named_parameters()
+    names = [name for name, parameter in named if parameter.requires_grad and re.search(parameters, name)]
+    if not names:
+        raise AgclError(f"`parameters` {parameters!r} matches no trainable parameter of the model.")
+    return names
+
+
+def check_options(num_samples: int, batch_size: int, bits: int, parameters: str) -> None:
+    """Raise if an option of `compute_importance` cannot be used.
+
+    Raises:
+        AgclError: Naming the option and what is allowed.
+    """
+    for option, value in (("num_samples", num_samples), ("batch_size", batch_size)):
+        if value < 1:
+            raise AgclError(f"`{option}` is {value}; choose 1 or more.")
+    if bits not in DTYPES:
+        raise AgclError(f"`bits` is {bits}; choose 8 or 16.")
+    try:
+        re.compile(parameters)
+    except re.error as error:
+        raise AgclError(f"`parameters` is not a regular expression: {parameters!r} ({error}).") from error

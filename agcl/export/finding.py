@@ -1,0 +1,189 @@
+"""From a run's folder or a checkpoint to a model and what is known of it."""
+
+import json
+import math
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from agcl.attribution.artefact import INDEX_SUFFIX, ImportanceFile, open_importance
+from agcl.attribution.storage import name_of_whole
+from agcl.errors import AgclError
+from agcl.metrics.functional import num_learned
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model that a run has trained, as it was after one of its tasks.
+
+    Attributes:
+        tasks: The run's tasks in the order of learning.
+        num_learned: How many of them the model has learned.
+        scores: Score matrix, shape ``(T + 1, T)``, NaN where nothing was measured and after the last task learned.
+        regime: ``sequential`` or ``joint``.
+        model_name: What the training began with, as its user gave it.
+        facts: What ``scores.json`` says besides: metrics of the tasks, precision, seed, versions; empty without one.
+        weights: A folder in Hugging Face format, or a checkpoint.
+        importance: Importance files of the tasks learned.
+    """
+
+    tasks: list[str]
+    num_learned: int
+    scores: Tensor
+    regime: str
+    model_name: str
+    facts: dict[str, Any]
+    weights: Path
+    importance: list[ImportanceFile]
+
+
+def find_trained(source: Path, task: str | None = None) -> Trained:
+    """Find the model of a run after a task.
+
+    Args:
+        source: The folder of a run, in which ``scores.json`` is, or a checkpoint (``.ckpt``) of one.
+        task: Name of the task just learned; the last one if left out. For another one of a run, a checkpoint from its
+            end is looked for in the folder.
+
+    Raises:
+        AgclError: If there is no such run, checkpoint or task, or no checkpoint was saved at the task's end.
+    """
+    if not source.exists():
+        raise AgclError(f"{source} does not exist; name the folder of a run, or a checkpoint.")
+    return _of_run(source, task) if source.is_dir() else _of_checkpoint(source, task)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint of agcl's, tensors mapped from the file; no code in it is run.
+
+    Raises:
+        AgclError: If it is none.
+    """
+    if not zipfile.is_zipfile(path):
+        raise AgclError(f"{path} is not a checkpoint, or not a whole one.")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:  # pickle and torch raise many types
+        raise AgclError(f"{path} cannot be read as a checkpoint ({' '.join(str(error).split())[:200]}).") from error
+    if "agcl" not in checkpoint:
+        raise AgclError(f"{path} was not written by agcl: it holds no score matrix.")
+    return checkpoint
+
+
+def _of_run(folder: Path, task: str | None) -> Trained:
+    facts = _facts(folder)
+    if facts is None:
+        raise AgclError(f"{folder} has no scores.json; name the folder of a run, or a checkpoint.")
+    tasks, scores = facts["tasks"], _matrix(facts["scores"])
+    count = len(tasks) if task is None else _index(task, tasks) + 1
+    if facts["regime"] == "joint" and count < len(tasks):
+        raise AgclError(f"`regime: joint` learned all tasks at once, so there is no model of `{task}` alone.")
+    if count == len(tasks) and (folder / "model").is_dir():
+        return _trained(tasks, count, scores, facts, folder / "model", folder)
+    found: dict[int, Path] = {}
+    for path in sorted(folder.rglob("*.ckpt"), key=lambda path: path.stat().st_mtime):
+        checkpoint = read_checkpoint(path)
+        if _task_names(checkpoint) == tasks and (end := _finished(checkpoint)) is not None:
+            found[end] = path
+    if count not in found:
+        ends = ", ".join(f"`{tasks[end - 1]}`" for end in sorted(found)) or "none"
+        raise AgclError(
+            f"No checkpoint below {folder} was saved at the end of task `{tasks[count - 1]}` (there are of: {ends}). "
+            "Train with a ModelCheckpoint that has `save_top_k: -1`, or name a checkpoint that lies elsewhere."
+        )
+    return _trained(tasks, count, scores, facts, found[count], folder)
+
+
+def _of_checkpoint(path: Path, task: str | None) -> Trained:
+    checkpoint = read_checkpoint(path)
+    tasks = _task_names(checkpoint)
+    count = _finished(checkpoint)
+    if count is None:
+        raise AgclError(
+            f"{path} was saved in the middle of a task, where its model has no scores; take one from a task's end."
+        )
+    if task is not None and _index(task, tasks) + 1 != count:
+        raise AgclError(f"{path} was saved at the end of task `{tasks[count - 1]}`, not of `{task}`.")
+    scores = checkpoint["agcl"]["scores"]["score"]
+    folder = next((run for run in _folders(path, checkpoint) if _is_of(run, tasks, count, scores)), None)
+    facts = _facts(folder) if folder is not None else None
+    model = checkpoint["hyper_parameters"]["model_name_or_path"]
+    facts = facts or {"regime": checkpoint["agcl"].get("regime", "sequential"), "model": model}
+    return _trained(tasks, count, scores, facts, path, folder)
+
+
+def _trained(
+    tasks: list[str], count: int, scores: Tensor, facts: dict[str, Any], weights: Path, folder: Path | None
+) -> Trained:
+    seen = scores.clone()
+    seen[count + 1 :] = torch.nan
+    importance = [] if folder is None else list(_importance(folder / "importance", tasks[:count]))
+    return Trained(tasks, count, seen, facts["regime"], facts["model"], facts, weights, importance)
+
+
+def _importance(folder: Path, learned: list[str]) -> Iterator[ImportanceFile]:
+    """Files of these tasks, not those re-estimated after a later one; in the order of the tasks."""
+    names = {path.name.removesuffix(INDEX_SUFFIX) for path in folder.glob(f"*.safetensors{INDEX_SUFFIX}")}
+    names |= {name_of_whole(path.name) for path in folder.glob("*.safetensors")}
+    for name in sorted(names):
+        file = open_importance(folder / name)
+        reestimated = file.metadata.get("reestimated_after")
+        if file.metadata.get("task") in learned and (reestimated is None or reestimated in learned):
+            yield file
+
+
+def _finished(checkpoint: dict[str, Any]) -> int | None:
+    """Number of tasks learned, if the checkpoint is from a task's end and its model was scored."""
+    saved = checkpoint["agcl"]
+    count = num_learned(saved["scores"]["score"])
+    epochs = [number for _, number in saved["tasks"]]
+    ends = [max(epochs)] * len(epochs) if saved.get("regime") == "joint" else list(accumulate(epochs))
+    return count if count and checkpoint["epoch"] + 1 == ends[count - 1] else None
+
+
+def _folders(path: Path, checkpoint: dict[str, Any]) -> Iterator[Path]:
+    """Where the run of a checkpoint may be: around it, and around the importance files that it names."""
+    yield from (path.resolve().parent, path.resolve().parent.parent)
+    for state in checkpoint.get("callbacks", {}).values():
+        if isinstance(state, dict) and "so_far" in state:
+            yield from (Path(file).parent.parent for file in state["so_far"]["files"].values())
+
+
+def _is_of(folder: Path, tasks: list[str], count: int, scores: Tensor) -> bool:
+    facts = _facts(folder)
+    if facts is None or facts["tasks"] != tasks:
+        return False
+    return torch.equal(_matrix(facts["scores"])[: count + 1].nan_to_num(-1), scores[: count + 1].nan_to_num(-1))
+
+
+def _facts(folder: Path) -> dict[str, Any] | None:
+    path = folder / "scores.json"
+    if not path.is_file():
+        return None
+    try:
+        facts = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise AgclError(f"{path} is not JSON ({error}).") from error
+    if not isinstance(facts, dict) or not {"tasks", "scores", "regime", "model"} <= facts.keys():
+        raise AgclError(f"{path} is not a run's results: it lacks tasks, scores, regime or model.")
+    return facts
+
+
+def _matrix(rows: list[list[float | None]]) -> Tensor:
+    return torch.tensor([[math.nan if value is None else value for value in row] for row in rows], dtype=torch.float64)
+
+
+def _task_names(checkpoint: dict[str, Any]) -> list[str]:
+    return [name for name, _ in checkpoint["agcl"]["tasks"]]
+
+
+def _index(task: str, tasks: list[str]) -> int:
+    if task not in tasks:
+        raise AgclError(f"The run has no task `{task}`; its tasks are {', '.join(f'`{name}`' for name in tasks)}.")
+    return tasks.index(task)

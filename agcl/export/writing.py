@@ -1,0 +1,82 @@
+"""Writing the folder: weights and tokenizer, importance files, model card."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import get_peft_config, get_peft_model
+
+from agcl.attribution.storage import index_of
+from agcl.errors import AgclError
+from agcl.models import load_model, load_tokenizer, save_model
+
+from .card import model_card
+from .finding import Trained, read_checkpoint
+
+_MODEL = "model."  # what ContinualLM's language model is called in a checkpoint
+
+
+def export_model(trained: Trained, output: Path, *, name: str | None = None, trust_remote_code: bool = False) -> None:
+    """Write a trained model (or its adapter), tokenizer, importance files and model card to a folder.
+
+    The folder appears whole or not at all.
+
+    Args:
+        trained: From `find_trained`.
+        output: The folder to write; it must not exist, or be empty.
+        name: The model's name on its card; the folder's if left out.
+        trust_remote_code: Run model code that comes with the model. Off unless you trust its author.
+
+    Raises:
+        AgclError: If the folder is in use, or the checkpoint's weights do not fit the model that it names.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise AgclError(f"{output} exists; choose a folder that does not, or an empty one.")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.with_name(f".{output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        if trained.weights.is_dir():
+            shutil.copytree(trained.weights, partial)
+        else:
+            _write_checkpoint(trained.weights, partial, trust_remote_code)
+        for file in trained.importance:
+            _copy_importance(file.files, file.path, partial / "importance")
+        is_adapter = (partial / "adapter_config.json").exists()
+        # PEFT has left a card of its own there.
+        model_card(trained, name or output.name, is_adapter=is_adapter).save(partial / "README.md")
+        if output.exists():
+            output.rmdir()
+        partial.replace(output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _copy_importance(files: list[Path], path: Path, folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    for file in [*files, *([index_of(path)] if index_of(path).exists() and path not in files else [])]:
+        shutil.copy2(file, folder / file.name)
+
+
+def _write_checkpoint(path: Path, folder: Path, trust_remote_code: bool) -> None:
+    checkpoint = read_checkpoint(path)
+    settings = checkpoint["hyper_parameters"]
+    weights = {k.removeprefix(_MODEL): v for k, v in checkpoint["state_dict"].items() if k.startswith(_MODEL)}
+    source: dict[str, Any] = {"gguf_file": settings.get("gguf_file"), "trust_remote_code": trust_remote_code}
+    name, adapter = settings["model_name_or_path"], settings.get("adapter")
+    dtype = next(weight.dtype for weight in weights.values() if weight.is_floating_point())
+    with torch.random.fork_rng(devices=[]):  # an adapter's first weights are drawn, and then replaced
+        model: Any = load_model(name, dtype=dtype, **source)
+        if adapter is not None:
+            model = get_peft_model(model, get_peft_config({"task_type": "CAUSAL_LM", **adapter}))
+        try:
+            model.load_state_dict(weights)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:200]
+            raise AgclError(
+                f"The weights in {path} are not those of `{name}` with its adapter ({reason}). Where a method has "
+                "changed the model (O-LoRA), export the run's folder, whose final model is written as one adapter."
+            ) from error
+        save_model(model, folder)
+    load_tokenizer(name, **source).save_pretrained(folder)

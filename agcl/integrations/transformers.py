@@ -1,0 +1,190 @@
+"""Attribution and gate as callbacks of Hugging Face's ``Trainer``, and thus of TRL's ``SFTTrainer``."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from agcl.attribution.computing import check_computable, check_options, compute_importance, parameter_names
+from agcl.attribution.estimators import LRP, Estimator
+from agcl.attribution.importance import ImportanceConfig
+from agcl.attribution.levels import Bits
+from agcl.errors import AgclError
+from agcl.gating import GradientGate, UpdateGate
+from agcl.integrations.pytorch import Importance, gate, importance_from
+
+
+class ImportanceGate(TrainerCallback):
+    """Protects what earlier tasks need while the ``Trainer`` learns another.
+
+    It gates from the beginning of ``train()`` to its end, by the optimizer inside of accelerate's wrapper, so that
+    accumulation, clipping, mixed precision, adapters and data parallelism need nothing. Resuming from a checkpoint
+    needs the same importance again, which the ``Trainer`` does not keep.
+
+    Args:
+        importance: As `agcl.compute_importance` gives it, or an importance file; of several tasks their list, of which
+            the largest value counts.
+        strength: Exponent of the plasticity; 1 is the paper's linear gate, 0 no gate.
+        kind: ``gradient`` rescales gradients (the paper), ``update`` the optimizer's whole step, ``auto`` picks what
+            protects under the optimizer in use: for the Trainer's AdamW, ``update``.
+        on_host: Whether importance stays in host memory, from where it is copied over at each step.
+
+    Raises:
+        AgclError: If importance cannot be read; at the beginning of training, if it does not fit the model, or under
+            DeepSpeed, whose optimizer holds no parameters of the model.
+    """
+
+    def __init__(
+        self,
+        importance: Importance | Sequence[Importance],
+        *,
+        strength: float = 1.0,
+        kind: Literal["auto", "gradient", "update"] = "auto",
+        on_host: bool = False,
+    ) -> None:
+        self.importance = importance_from(importance)
+        self.strength = strength
+        self.kind: Literal["auto", "gradient", "update"] = kind
+        self.on_host = on_host
+        self._attached: GradientGate | UpdateGate | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Attach the gate; one that an earlier, interrupted ``train()`` left behind is removed."""
+        self._detach()
+        if args.deepspeed is not None:
+            raise AgclError(
+                "ImportanceGate cannot act under DeepSpeed, whose optimizer steps flat copies of the parameters; "
+                "leave `deepspeed` out, or use FSDP2."
+            )
+        self._attached = gate(
+            kwargs["optimizer"],
+            kwargs["model"],
+            self.importance,
+            strength=self.strength,
+            kind=self.kind,
+            on_host=self.on_host,
+        )
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leave no hook behind."""
+        self._detach()
+
+    def plasticity(self) -> dict[str, float]:
+        """Mean remaining plasticity of each gated parameter, in [0, 1]; empty while nothing is trained."""
+        return {} if self._attached is None else self._attached.plasticity()
+
+    def _detach(self) -> None:
+        if self._attached is not None:
+            self._attached.detach()
+            self._attached = None
+
+
+class TaskImportance(TrainerCallback):
+    """Computes the importance of the task that the ``Trainer`` has learned, from its own training rows.
+
+    The rows go through the Trainer's collator one by one, in a random order of their own, the same on all processes;
+    the Trainer's random numbers and data loader are not touched. Where the best model is loaded at the end, it is of
+    that.
+
+    Args:
+        save_to: ``.safetensors`` file to write, which the next task's `ImportanceGate` can be given.
+        task: The task's name, for the file.
+        num_samples: Rows, answered correctly, to use.
+        batch_size: Rows that are run together.
+        estimator: What scores the weights; ``LRP()``, the paper's, if left out.
+        config: How scores over samples become importance.
+        only_correct: Leave out rows of which the model does not predict every answer token. Set it to False for plain
+            text.
+        parameters: Regular expression; only parameters that require a gradient and whose name it is found in are
+            scored.
+        bits: Of the importance, 8 or 16.
+        seed: Of the rows' order, and for estimators that draw random numbers.
+
+    Attributes:
+        importance: Parameter name to uint8 or uint16 tensor; empty before the end of training.
+
+    Raises:
+        AgclError: For options that cannot be used; at the beginning of training, for rows that cannot; at the end, if
+            no row is answered correctly.
+        UnsupportedModelError: At the beginning of training, if the estimator cannot see into the model.
+    """
+
+    def __init__(
+        self,
+        save_to: str | Path | None = None,
+        task: str | None = None,
+        *,
+        num_samples: int = 16,
+        batch_size: int = 1,
+        estimator: Estimator | None = None,
+        config: ImportanceConfig = ImportanceConfig(),  # noqa: B008 (immutable)
+        only_correct: bool = True,
+        parameters: str = "",
+        bits: Bits = 8,
+        seed: int = 0,
+    ) -> None:
+        check_options(num_samples, batch_size, bits, parameters)
+        self.importance: dict[str, Tensor] = {}
+        self._save_to = save_to
+        self._task = task
+        self._estimator = LRP() if estimator is None else estimator
+        self._only_correct = only_correct
+        self._parameters = parameters
+        self._seed = seed
+        self._num_samples = num_samples
+        self._batch_size = batch_size
+        self._config = config
+        self._bits: Bits = bits
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Check rows and model before anything is trained; let the estimator see where the task starts."""
+        model = kwargs["model"]
+        rows = training_rows(kwargs["train_dataloader"], self._seed)
+        check_computable(model, rows, estimator=self._estimator, parameters=self._parameters)
+        self._estimator.begin_task(model, parameter_names(model, self._parameters))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Compute the importance; one process writes the file."""
+        self.importance = compute_importance(
+            kwargs["model"],
+            training_rows(kwargs["train_dataloader"], self._seed),
+            num_samples=self._num_samples,
+            batch_size=self._batch_size,
+            estimator=self._estimator,
+            config=self._config,
+            only_correct=self._only_correct,
+            parameters=self._parameters,
+            bits=self._bits,
+            seed=self._seed,
+            save_to=self._save_to if state.is_world_process_zero else None,
+            task=self._task,
+        )
+
+
+def training_rows(dataloader: Any, seed: int) -> Iterator[Any]:
+    """Batches of one row each: those of a data loader's data set in a random order, through its collator.
+
+    Args:
+        dataloader: The Trainer's, whose sampler (and share of the rows, where there are several processes) is not used.
+        seed: Of the order. Rows of a data set without a length come as they are.
+
+    Yields:
+        What the collator makes of each row.
+    """
+    data = rows = dataloader.dataset
+    if hasattr(data, "__len__"):
+        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
+        rows = (data[index] for index in order.tolist())
+    for row in rows:
+        yield dataloader.collate_fn([row])

@@ -1,0 +1,54 @@
+"""agcl in Hugging Face's Trainer: ``python examples/hf_trainer.py``."""
+
+import tempfile
+from pathlib import Path
+
+from transformers import Trainer, TrainingArguments
+from two_tasks import StopWhenLearned, collate, encoded, loss, print_comparison, tiny_model, tiny_tokenizer, twin_of
+
+from agcl import ImportanceConfig
+from agcl.attribution.estimators import LRP
+from agcl.integrations.transformers import ImportanceGate, TaskImportance
+
+
+def learn(model, rows, folder, *callbacks):
+    """Train until the rows are learned."""
+    arguments = TrainingArguments(
+        output_dir=folder,
+        learning_rate=5e-3,
+        lr_scheduler_type="constant",
+        per_device_train_batch_size=4,
+        num_train_epochs=300,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    callbacks = [StopWhenLearned(rows), *callbacks]
+    Trainer(model, arguments, train_dataset=rows, data_collator=collate, callbacks=callbacks).train()
+
+
+def run(folder, seed=0):
+    """Loss on the old and on the new task after the new one was learned, without and with the gate."""
+    tokenizer = tiny_tokenizer()
+    old_rows, new_rows = encoded(tokenizer, "welsh"), encoded(tokenizer, "finnish")
+    model = tiny_model(tokenizer, seed)
+    importance_file = Path(folder) / "welsh.safetensors"
+    recorder = TaskImportance(
+        save_to=importance_file,
+        estimator=LRP(score="sensitivity"),  # suits AdamW
+        config=ImportanceConfig(quantile=0.2),  # a strong gate
+    )
+    learn(model, old_rows, folder, recorder)
+    gate = ImportanceGate(importance_file)
+    results = {}
+    for name, callbacks in {"without the gate": [], "with the gate": [gate]}.items():
+        twin = twin_of(model)
+        learn(twin, new_rows, folder, *callbacks)
+        results[name] = loss(twin, old_rows), loss(twin, new_rows)
+    return results
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as temporary:
+        print_comparison(run(temporary))

@@ -1,0 +1,62 @@
+"""agcl in TRL's SFTTrainer: ``python examples/trl_sft.py`` (``pip install 'agcl[trl]'``)."""
+
+import tempfile
+from pathlib import Path
+
+from datasets import Dataset
+from trl import SFTConfig, SFTTrainer
+from two_tasks import StopWhenLearned, encoded, loss, print_comparison, texts, tiny_model, tiny_tokenizer, twin_of
+
+from agcl import ImportanceConfig
+from agcl.attribution.estimators import LRP
+from agcl.integrations.transformers import ImportanceGate, TaskImportance
+
+
+def learn(model, tokenizer, language, folder, *callbacks):
+    """Train until the rows are learned."""
+    arguments = SFTConfig(
+        output_dir=folder,
+        learning_rate=5e-3,
+        lr_scheduler_type="constant",
+        per_device_train_batch_size=4,
+        num_train_epochs=300,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        bf16=False,
+        gradient_checkpointing=False,
+    )
+    SFTTrainer(
+        model,
+        arguments,
+        train_dataset=Dataset.from_list(texts(language)),
+        processing_class=tokenizer,
+        callbacks=[StopWhenLearned(encoded(tokenizer, language)), *callbacks],
+    ).train()
+
+
+def run(folder, seed=0):
+    """Loss on the old and on the new task after the new one was learned, without and with the gate."""
+    tokenizer = tiny_tokenizer()
+    old_rows, new_rows = encoded(tokenizer, "welsh"), encoded(tokenizer, "finnish")
+    model = tiny_model(tokenizer, seed)
+    importance_file = Path(folder) / "welsh.safetensors"
+    recorder = TaskImportance(
+        save_to=importance_file,
+        estimator=LRP(score="sensitivity"),  # suits AdamW
+        config=ImportanceConfig(quantile=0.2),  # a strong gate
+    )
+    learn(model, tokenizer, "welsh", folder, recorder)
+    gate = ImportanceGate(importance_file)
+    results = {}
+    for name, callbacks in {"without the gate": [], "with the gate": [gate]}.items():
+        twin = twin_of(model)
+        learn(twin, tokenizer, "finnish", folder, *callbacks)
+        results[name] = loss(twin, old_rows), loss(twin, new_rows)
+    return results
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as temporary:
+        print_comparison(run(temporary))

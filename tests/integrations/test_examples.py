@@ -1,0 +1,65 @@
+"""Every example forgets less with the gate than without, having learned the new task equally well."""
+
+import json
+import re
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
+
+
+@pytest.fixture
+def example(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    return import_module
+
+
+def check(results):
+    """Losses on the old and on the new task, in nats per answer token."""
+    (old_plain, new_plain), (old_gated, new_gated) = results["without the gate"], results["with the gate"]
+    # Training stops at the first epoch below 0.1, so that both have learned the new task to the same loss.
+    assert 0.05 < new_plain < 0.1
+    assert 0.05 < new_gated < 0.1
+    assert old_plain > 2  # forgotten
+    assert old_gated < 0.75 * old_plain
+
+
+def test_plain_pytorch_and_no_example_loads_lightning():
+    code = (
+        f"import json, sys; sys.path[:0] = [{str(EXAMPLES)!r}, {str(ROOT)!r}]\n"
+        "import importlib.util, agcl, plain_pytorch, hf_trainer\n"
+        "if importlib.util.find_spec('trl'): import trl_sft\n"
+        "results = plain_pytorch.run()\n"
+        "assert not [name for name in sys.modules if 'lightning' in name], 'Lightning is loaded'\n"
+        "print(json.dumps(results))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    check(json.loads(done.stdout.splitlines()[-1]))
+
+
+@pytest.mark.slow  # the notebook, which is always run, and TRL's trainer go the same way
+def test_hugging_face_trainer(example, tmp_path):
+    check(example("hf_trainer").run(tmp_path))
+
+
+def test_trl(example, tmp_path):
+    pytest.importorskip("trl")
+    check(example("trl_sft").run(tmp_path))
+
+
+def test_what_the_documentation_shows_is_in_the_examples_and_under_ten_lines():
+    """Its blocks name the example they are from; every line of them is there, but for the indentation."""
+    text = (ROOT / "docs" / "other_trainers.md").read_text("utf-8")
+    blocks = re.findall(r"<!-- from examples/(\w+\.py) -->\n\n```python\n(.*?)```", text, re.DOTALL)
+    assert {name for name, _ in blocks} == {path.name for path in EXAMPLES.glob("*.py")} - {"two_tasks.py"}
+    for name, block in blocks:
+        example = [line.strip() for line in (EXAMPLES / name).read_text("utf-8").splitlines()]
+        lines = [line.strip() for line in block.splitlines() if line.strip() and line.strip() != "..."]
+        assert len(lines) < 10, name
+        assert [line for line in lines if line not in example] == [], name

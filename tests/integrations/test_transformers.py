@@ -1,0 +1,187 @@
+"""The callbacks in Hugging Face's Trainer: one gate per step, nothing left behind, attribution of its own rows."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+import agcl
+from agcl.attribution import load_importance
+from agcl.errors import AgclError
+from agcl.integrations.transformers import ImportanceGate, TaskImportance, training_rows
+
+ROWS = [
+    {"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]},
+    {"input_ids": [9, 10, 11, 12], "labels": [-100, -100, 11, 12]},
+    {"input_ids": [13, 14, 15, 16], "labels": [-100, 14, 15, 16]},
+    {"input_ids": [17, 18, 19, 20], "labels": [-100, -100, -100, 20]},
+]
+
+
+class InterruptedError(RuntimeError):
+    """Stands for a crash in training."""
+
+
+class Interrupt(TrainerCallback):
+    """Raises at the end of the first step."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        raise InterruptedError
+
+
+class Watch(TrainerCallback):
+    """Whether the optimizer inside accelerate's wrapper has a step hook while it trains, and after."""
+
+    def on_step_end(self, args, state, control, optimizer=None, **kwargs):
+        self.optimizer = optimizer.optimizer
+        self.hooks_while_training = len(self.optimizer._optimizer_step_pre_hooks)
+
+
+def load(folder):
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
+def trainer_for(model, tmp_path, *callbacks, optimizer=None, **options):
+    arguments = TrainingArguments(
+        tmp_path,
+        **{
+            "use_cpu": True,
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 2,
+            "max_steps": 1,
+            "learning_rate": 0.1,
+            "lr_scheduler_type": "constant",
+            "max_grad_norm": 0.0,
+            "save_strategy": "no",
+            "logging_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+            "dataloader_pin_memory": False,
+            **options,
+        },
+    )
+    optimizers = (None if optimizer is None else optimizer(model.parameters()), None)
+    return Trainer(model, arguments, train_dataset=ROWS, callbacks=list(callbacks), optimizers=optimizers)
+
+
+def weights(model):
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def random_importance(model):
+    generator = torch.Generator().manual_seed(7)
+    return {
+        name: torch.randint(256, p.shape, generator=generator).to(torch.uint8)
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
+
+
+@pytest.mark.parametrize("kind", ["gradient", "update"])
+def test_an_accumulated_step_moves_each_weight_by_its_plasticity(llama_folder, tmp_path, kind):
+    """Against the ungated twin: two micro-batches, one SGD step, through accelerate's optimizer wrapper."""
+    plain, gated = load(llama_folder), load(llama_folder)
+    start, importance = weights(plain), random_importance(plain)
+
+    def sgd(parameters):
+        return torch.optim.SGD(parameters, lr=0.1)
+
+    trainer_for(plain, tmp_path, optimizer=sgd).train()
+    trainer_for(gated, tmp_path, ImportanceGate(importance, kind=kind), optimizer=sgd).train()
+    moved = weights(plain)
+    for name, weight in gated.named_parameters():
+        plasticity = 1 - importance[name].float() / 255
+        expected = start[name] + plasticity * (moved[name] - start[name])
+        torch.testing.assert_close(weight.detach(), expected, rtol=0, atol=1e-6)
+    assert any((moved[name] - start[name]).abs().max() > 1e-3 for name in start)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bf16": True, "max_grad_norm": 0.1},
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param({"optim": "adafactor"}, marks=pytest.mark.slow),
+    ],
+)
+def test_important_weights_stand_still_under_the_trainers_own_optimizers(llama_folder, tmp_path, options):
+    model = load(llama_folder)
+    start = weights(model)
+    importance = {name: torch.zeros(p.shape, dtype=torch.uint8) for name, p in model.named_parameters()}
+    for levels in importance.values():
+        levels.view(-1)[::2] = 255
+    trainer_for(model, tmp_path, ImportanceGate(importance), max_steps=2, weight_decay=0.1, **options).train()
+    for name, weight in model.named_parameters():
+        moved = (weight.detach() != start[name]).view(-1)
+        assert not moved[::2].any(), name
+    assert moved[1::2].any()
+
+
+def test_an_adapter_is_gated_under_its_own_names(llama_folder, tmp_path):
+    model = get_peft_model(load(llama_folder), LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    start = weights(model)
+    frozen = {
+        name: torch.full(p.shape, 255, dtype=torch.uint8) for name, p in model.named_parameters() if "lora_A" in name
+    }
+    trainer_for(model, tmp_path, ImportanceGate(frozen), max_steps=2).train()
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p.detach(), start[name])}
+    assert moved == {name for name in start if "lora_B" in name}
+
+
+def test_the_gate_leaves_no_hook_and_survives_an_interruption(llama_folder, tmp_path):
+    model, watch = load(llama_folder), Watch()
+    gate = ImportanceGate(random_importance(model))
+    trainer = trainer_for(model, tmp_path, gate, watch, Interrupt())
+    with pytest.raises(InterruptedError):
+        trainer.train()
+    trainer.remove_callback(Interrupt)
+    assert gate.plasticity()
+    trainer.train()
+    assert watch.hooks_while_training == 1
+    assert not watch.optimizer._optimizer_step_pre_hooks
+    assert gate.plasticity() == {}
+
+
+def test_deepspeed_is_refused():
+    gate = ImportanceGate({})
+    with pytest.raises(AgclError, match="cannot act under DeepSpeed"):
+        gate.on_train_begin(SimpleNamespace(deepspeed={}), None, None)
+
+
+def test_importance_of_a_task_is_that_of_the_model_at_the_end(llama_folder, tmp_path):
+    """From the Trainer's rows; neither its random numbers nor its model are touched on the way."""
+    path = tmp_path / "task.safetensors"
+    plain, model = load(llama_folder), load(llama_folder)
+    recorder = TaskImportance(path, "names", num_samples=4, only_correct=False)
+    trainer = trainer_for(model, tmp_path, recorder, max_steps=2)
+    trainer.train()
+    trainer_for(plain, tmp_path, max_steps=2).train()
+    assert all(torch.equal(a, b) for a, b in zip(weights(plain).values(), weights(model).values(), strict=True))
+    expected = agcl.compute_importance(model, ROWS, num_samples=4, only_correct=False)
+    for name, levels in expected.items():
+        assert (levels.int() - recorder.importance[name].int()).abs().max() <= 1, name  # another order of the sum
+    loaded, metadata = load_importance(path)
+    assert all(torch.equal(loaded[name], recorder.importance[name]) for name in loaded)
+    assert metadata["task"] == "names"
+
+
+def test_rows_are_the_data_sets_own_in_a_fixed_order(llama_folder, tmp_path):
+    loader = trainer_for(load(llama_folder), tmp_path).get_train_dataloader()
+    first, again, other = ([row["input_ids"][0].tolist() for row in training_rows(loader, seed)] for seed in (0, 0, 1))
+    assert first == again
+    assert first != other
+    assert sorted(first) == sorted(other) == sorted(row["input_ids"] for row in ROWS)
+
+
+def test_rows_that_attribution_cannot_use_are_refused_before_training(llama_folder, tmp_path):
+    model = load(llama_folder)
+    start = weights(model)
+    trainer = trainer_for(model, tmp_path, TaskImportance())
+    trainer.train_dataset = [{"input_ids": [5, 6], "labels": [-100, -100]}] * 4
+    with pytest.raises(AgclError, match="none has an answer"):
+        trainer.train()
+    assert all(torch.equal(p, start[name]) for name, p in model.named_parameters())
+    with pytest.raises(AgclError, match="`num_samples` is 0"):
+        TaskImportance(num_samples=0)
