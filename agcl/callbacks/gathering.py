@@ -54,6 +54,11 @@ class Gatherer:
     def __post_init__(self) -> None:
         if self.num_samples < 1:
             raise AgclError(f"`num_samples` is {self.num_samples}; importance needs at least one row.")
+        if self.config.top_k is not None and self.config.top_k > self.num_samples:
+            raise AgclError(
+                f"`importance.top_k` is {self.config.top_k}, but there are only {self.num_samples} samples "
+                "(`num_samples`): lower the one or raise the other."
+            )
         if self.batch_size is not None and self.batch_size < 1:
             raise AgclError(f"`batch_size` is {self.batch_size}; choose 1 or more, or leave it out.")
         if self.bits not in DTYPES:
@@ -72,7 +77,13 @@ class Gatherer:
         """
         names = self.parameter_names(pl_module.model)
         if not names:
-            raise AgclError(f"`parameters` {self.parameters!r} matches no trainable parameter of the model.")
+            named = pl_module.model.named_parameters()
+            frozen = [name for name, _ in named if re.search(self.parameters, name)]
+            found = f"only frozen ones, such as `{frozen[0]}`" if frozen else "none at all"
+            raise AgclError(
+                f"`parameters` {self.parameters!r} matches no trainable parameter of the model, {found}: the gate would "
+                "protect nothing, so choose others or leave it out."
+            )
         with trainer.precision_plugin.forward_context():
             self.estimator.check(pl_module.model, names, next(self._samples(trainer, pl_module, 0)))
 

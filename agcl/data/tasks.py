@@ -2,6 +2,7 @@
 
 import re
 import string
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -104,6 +105,8 @@ class Task:
         prompts = [self.prompt, *(probe.prompt for probe in self.probes.values() if probe.prompt is not None)]
         for option, template in [("answer", self.answer), *(("prompt", prompt) for prompt in prompts)]:
             self._check_template(option, template)
+        if self.labels is not None and len(set(self.labels)) < len(self.labels):
+            raise AgclError(f"Task `{self.name}`: `labels` names a label twice: {', '.join(self.labels)}; leave one out.")
         if self.labels is not None and len(template_columns(self.answer)) != 1:
             raise AgclError(f"Task `{self.name}`: with `labels`, `answer` must hold exactly one {{column}}.")
         self._check_substitutions()
@@ -168,6 +171,33 @@ def _fields(template: str) -> list[str]:
     return [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
 
 
+class Repeats:
+    """Counts rows that were there already, and those that contradict an earlier one."""
+
+    def __init__(self) -> None:
+        self._answers: dict[int, set[int]] = {}  # of each prompt; hashes, since texts may be many
+        self.same = self.contradicting = 0
+
+    def add(self, prompt: str, answer: str) -> None:
+        """Take in the next row."""
+        answers = self._answers.setdefault(hash(prompt), set())
+        if hash(answer) in answers:
+            self.same += 1
+        elif answers:
+            self.contradicting += 1
+        answers.add(hash(answer))
+
+    def warn(self, task: Task, split: str) -> None:
+        """Say in one line how many there are."""
+        if self.same or self.contradicting:
+            warnings.warn(
+                f"Task `{task.name}`: in `{split}`, {self.same} rows repeat an earlier one, and {self.contradicting} have "
+                "the prompt of an earlier one with another answer, so that not both can be right. Leave them out, unless "
+                "that is meant.",
+                stacklevel=2,
+            )
+
+
 class AnswerEncoder:
     """Turns rows into ``prompt + answer + end of sequence`` token ids, the prompt masked in ``labels``.
 
@@ -177,14 +207,22 @@ class AnswerEncoder:
         tokenizer: Adds its beginning-of-sequence token to the prompt where it has that habit.
         max_length: Longest allowed row in tokens.
         truncation: What happens to a longer one: ``error``, or ``left``: the prompt loses its beginning.
+        vocab_size: Number of tokens that the model knows, if it may be fewer than the tokenizer has.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, max_length: int, truncation: Literal["error", "left"] = "error"
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        truncation: Literal["error", "left"] = "error",
+        vocab_size: int | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.truncation = truncation
+        self.vocab_size = vocab_size
+        # No token stands for more characters than its own spelling has.
+        self._max_characters = max_length * max(map(len, tokenizer.get_vocab()))
 
     def encode_answer(self, text: str) -> list[int]:
         """Token ids of an answer, closed by the end-of-sequence token."""
@@ -203,13 +241,21 @@ class AnswerEncoder:
         """
         rows = load_rows(task, split, [*template_columns(prompt), *template_columns(task.answer)])
         names = {column: f for column, f in rows.features.items() if isinstance(f, ClassLabel)}
+        repeats = Repeats()
 
         def encode(row: dict[str, Any], index: int) -> dict[str, Any]:
             values = {c: names[c].int2str(v) if c in names and v is not None else v for c, v in row.items()}
-            return self._encode_row(task, values, prompt, f"row {index} of `{split}`")
+            encoded = self._encode_row(task, values, prompt, f"row {index} of `{split}`")
+            repeats.add(prompt.format(**values), encoded["answer"])
+            return encoded
 
         with quiet_datasets():
-            return rows.map(encode, with_indices=True, remove_columns=rows.column_names, load_from_cache_file=False)
+            try:
+                encoded = rows.map(encode, with_indices=True, remove_columns=rows.column_names, load_from_cache_file=False)
+            except UnicodeDecodeError as error:  # which the reader of JSON leaves to whoever looks at a text
+                raise AgclError(f"Task `{task.name}`: {task.source} is not in UTF-8, so convert it ({error}).") from error
+        repeats.warn(task, split)
+        return encoded
 
     def _encode_row(self, task: Task, row: Mapping[str, Any], prompt: str, where: str) -> dict[str, Any]:
         for column in (*template_columns(prompt), *template_columns(task.answer)):
@@ -227,23 +273,40 @@ class AnswerEncoder:
                     f"({', '.join(task.labels)})."
                 )
             label = task.labels.index(value)
-        prompt_ids = self.tokenizer(prompt.format(**row))["input_ids"]
+        text = prompt.format(**row)
+        if self.truncation == "error" and len(text) > self._max_characters:  # whose tokens would take minutes to count
+            raise self._too_long(task, where, f"a prompt of {len(text)} characters")
+        prompt_ids = self.tokenizer(text)["input_ids"]
         answer_ids = self.encode_answer(answer)[: task.max_answer_tokens]
+        if len(answer_ids) >= self.max_length:
+            raise AgclError(
+                f"Task `{task.name}`: {where} has an answer of {len(answer_ids)} tokens, which with a prompt is more than "
+                f"the {self.max_length} allowed. Shorten it, set `max_answer_tokens`, or choose a model with a longer "
+                "context."
+            )
         excess = len(prompt_ids) + len(answer_ids) - self.max_length
         if excess > 0:
             if self.truncation == "error" or excess >= len(prompt_ids):
-                raise AgclError(
-                    f"Task `{task.name}`: {where} has {len(prompt_ids)} + {len(answer_ids)} tokens (prompt + answer), "
-                    f"more than the {self.max_length} allowed. Shorten it, raise `max_length` if the model's context "
-                    "allows, or set `truncation: left`."
-                )
+                raise self._too_long(task, where, f"{len(prompt_ids)} + {len(answer_ids)} tokens (prompt + answer)")
             prompt_ids = prompt_ids[excess:]
+        if self.vocab_size is not None and max(*prompt_ids, *answer_ids) >= self.vocab_size:
+            raise AgclError(
+                f"Task `{task.name}`: {where} has the token {max(*prompt_ids, *answer_ids)}, but the model knows only "
+                f"{self.vocab_size}: it and the tokenizer do not belong together, so put the model's own beside it."
+            )
         return {
             "input_ids": prompt_ids + answer_ids,
             "labels": [IGNORED_LABEL] * len(prompt_ids) + answer_ids,
             "answer": answer.strip(),
             "label": label,
         }
+
+
+    def _too_long(self, task: Task, where: str, size: str) -> AgclError:
+        return AgclError(
+            f"Task `{task.name}`: {where} has {size}, more than the {self.max_length} tokens allowed. Shorten it, raise "
+            "`max_length` if the model's context allows, or set `truncation: left`."
+        )
 
 
 def collate(rows: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[str, Any]:
