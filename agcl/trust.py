@@ -19,7 +19,7 @@ TRUST_REMOTE_CODE = "AGCL_TRUST_REMOTE_CODE"
 
 NAMEABLE = (
     "agcl",
-    "lightning.fabric.plugins.environments",
+    "lightning.fabric.plugins",
     "lightning.pytorch.accelerators",
     "lightning.pytorch.callbacks",
     "lightning.pytorch.cli.ReduceLROnPlateau",
