@@ -133,8 +133,8 @@ def load_model(
     if is_trained_whole and gguf_file is None and quantisation is not None:
         method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation.quant_method
         raise AgclError(
-            f"The weights of `{model_name_or_path}` are quantised ({method}), so they cannot be trained: take the model "
-            "without quantisation, or train an `adapter` on it."
+            f"The weights of `{model_name_or_path}` are quantised ({method}), so they cannot be trained: take the "
+            "model without quantisation, or train an `adapter` on it."
         )
     try:
         model = AutoModelForCausalLM.from_pretrained(

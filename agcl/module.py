@@ -208,9 +208,9 @@ class ContinualLM(LightningModule):
 
     def _diverged(self, task: str, what: str) -> AgclError:
         return AgclError(
-            f"Task `{task}`: {what} at step {self.trainer.global_step} (epoch {self.trainer.current_epoch}), so nothing "
-            "more is learned or saved. Lower the learning rate, set `trainer.gradient_clip_val`, or take more precision "
-            "(bf16-mixed, 32-true), then go on from an earlier checkpoint."
+            f"Task `{task}`: {what} at step {self.trainer.global_step} (epoch {self.trainer.current_epoch}), so "
+            "nothing more is learned or saved. Lower the learning rate, set `trainer.gradient_clip_val`, or take more "
+            "precision (bf16-mixed, 32-true), then go on from an earlier checkpoint."
         )
 
     @property

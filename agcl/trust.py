@@ -80,7 +80,11 @@ def check_remote_code(is_wanted: bool, words: Sequence[str]) -> None:
     Raises:
         AgclError: If neither the command line nor the environment says so too.
     """
-    if is_wanted and not _is_said("--model.trust_remote_code", words) and os.environ.get(TRUST_REMOTE_CODE, "0") in ("", "0"):
+    if (
+        is_wanted
+        and not _is_said("--model.trust_remote_code", words)
+        and os.environ.get(TRUST_REMOTE_CODE, "0") in ("", "0")
+    ):
         raise AgclError(
             "A configuration file says `trust_remote_code: true`, which runs code that comes with the model. If you "
             f"trust it, say so yourself: `--model.trust_remote_code true`, or {TRUST_REMOTE_CODE}=1."
@@ -99,8 +103,8 @@ def check_sharded_checkpoint(path: str | None, words: Sequence[str]) -> None:
     """
     if path is not None and Path(path).is_dir() and not _is_said("--ckpt_path", words):
         raise AgclError(
-            f"A configuration file names {path}, a checkpoint in shards, and loading one can run code that it holds. If "
-            "it is your own, name it on the command line: `--ckpt_path`."
+            f"A configuration file names {path}, a checkpoint in shards, and loading one can run code that it holds. "
+            "If it is your own, name it on the command line: `--ckpt_path`."
         )
 
 

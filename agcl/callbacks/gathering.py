@@ -81,8 +81,8 @@ class Gatherer:
             frozen = [name for name, _ in named if re.search(self.parameters, name)]
             found = f"only frozen ones, such as `{frozen[0]}`" if frozen else "none at all"
             raise AgclError(
-                f"`parameters` {self.parameters!r} matches no trainable parameter of the model, {found}: the gate would "
-                "protect nothing, so choose others or leave it out."
+                f"`parameters` {self.parameters!r} matches no trainable parameter of the model, {found}: the gate "
+                "would protect nothing, so choose others or leave it out."
             )
         with trainer.precision_plugin.forward_context():
             self.estimator.check(pl_module.model, names, next(self._samples(trainer, pl_module, 0)))

@@ -65,7 +65,8 @@ def load_rows(task: Task, split: str, columns: Sequence[str]) -> Dataset:
             elif re.search(r"utf-?8|codec|encoding", reason, re.IGNORECASE):
                 reason = f"it is not in UTF-8, so convert it ({reason})"
             raise AgclError(
-                f"Task `{task.name}`: split `{split}` of {task.source} cannot be loaded: {reason}. Mend `source` or split."
+                f"Task `{task.name}`: split `{split}` of {task.source} cannot be loaded: {reason}. Mend `source`, "
+                "or the split's name."
             ) from error
     for column in columns:
         if column not in rows.column_names:

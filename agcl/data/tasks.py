@@ -2,7 +2,6 @@
 
 import re
 import string
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -11,6 +10,7 @@ import torch
 from datasets import ClassLabel, Dataset
 from transformers import PreTrainedTokenizerBase
 
+from agcl.data.repeats import Repeats
 from agcl.data.sources import is_empty, load_rows, quiet_datasets
 from agcl.errors import AgclError
 
@@ -106,7 +106,9 @@ class Task:
         for option, template in [("answer", self.answer), *(("prompt", prompt) for prompt in prompts)]:
             self._check_template(option, template)
         if self.labels is not None and len(set(self.labels)) < len(self.labels):
-            raise AgclError(f"Task `{self.name}`: `labels` names a label twice: {', '.join(self.labels)}; leave one out.")
+            raise AgclError(
+                f"Task `{self.name}`: `labels` names a label twice: {', '.join(self.labels)}; leave one out."
+            )
         if self.labels is not None and len(template_columns(self.answer)) != 1:
             raise AgclError(f"Task `{self.name}`: with `labels`, `answer` must hold exactly one {{column}}.")
         self._check_substitutions()
@@ -171,33 +173,6 @@ def _fields(template: str) -> list[str]:
     return [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
 
 
-class Repeats:
-    """Counts rows that were there already, and those that contradict an earlier one."""
-
-    def __init__(self) -> None:
-        self._answers: dict[int, set[int]] = {}  # of each prompt; hashes, since texts may be many
-        self.same = self.contradicting = 0
-
-    def add(self, prompt: str, answer: str) -> None:
-        """Take in the next row."""
-        answers = self._answers.setdefault(hash(prompt), set())
-        if hash(answer) in answers:
-            self.same += 1
-        elif answers:
-            self.contradicting += 1
-        answers.add(hash(answer))
-
-    def warn(self, task: Task, split: str) -> None:
-        """Say in one line how many there are."""
-        if self.same or self.contradicting:
-            warnings.warn(
-                f"Task `{task.name}`: in `{split}`, {self.same} rows repeat an earlier one, and {self.contradicting} have "
-                "the prompt of an earlier one with another answer, so that not both can be right. Leave them out, unless "
-                "that is meant.",
-                stacklevel=2,
-            )
-
-
 class AnswerEncoder:
     """Turns rows into ``prompt + answer + end of sequence`` token ids, the prompt masked in ``labels``.
 
@@ -251,10 +226,14 @@ class AnswerEncoder:
 
         with quiet_datasets():
             try:
-                encoded = rows.map(encode, with_indices=True, remove_columns=rows.column_names, load_from_cache_file=False)
+                encoded = rows.map(
+                    encode, with_indices=True, remove_columns=rows.column_names, load_from_cache_file=False
+                )
             except UnicodeDecodeError as error:  # which the reader of JSON leaves to whoever looks at a text
-                raise AgclError(f"Task `{task.name}`: {task.source} is not in UTF-8, so convert it ({error}).") from error
-        repeats.warn(task, split)
+                raise AgclError(
+                    f"Task `{task.name}`: {task.source} is not in UTF-8, so convert it ({error})."
+                ) from error
+        repeats.warn(task.name, split)
         return encoded
 
     def _encode_row(self, task: Task, row: Mapping[str, Any], prompt: str, where: str) -> dict[str, Any]:
@@ -280,8 +259,8 @@ class AnswerEncoder:
         answer_ids = self.encode_answer(answer)[: task.max_answer_tokens]
         if len(answer_ids) >= self.max_length:
             raise AgclError(
-                f"Task `{task.name}`: {where} has an answer of {len(answer_ids)} tokens, which with a prompt is more than "
-                f"the {self.max_length} allowed. Shorten it, set `max_answer_tokens`, or choose a model with a longer "
+                f"Task `{task.name}`: {where} has an answer of {len(answer_ids)} tokens, which with a prompt is more "
+                f"than the {self.max_length} allowed. Shorten it, set `max_answer_tokens`, or choose a model with a longer "
                 "context."
             )
         excess = len(prompt_ids) + len(answer_ids) - self.max_length
@@ -301,11 +280,10 @@ class AnswerEncoder:
             "label": label,
         }
 
-
     def _too_long(self, task: Task, where: str, size: str) -> AgclError:
         return AgclError(
-            f"Task `{task.name}`: {where} has {size}, more than the {self.max_length} tokens allowed. Shorten it, raise "
-            "`max_length` if the model's context allows, or set `truncation: left`."
+            f"Task `{task.name}`: {where} has {size}, more than the {self.max_length} tokens allowed. Shorten it, "
+            "raise `max_length` if the model's context allows, or set `truncation: left`."
         )
 
 
