@@ -4,7 +4,8 @@ import errno
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from jsonargparse import ArgumentError
 
@@ -48,7 +49,7 @@ def main(args: Sequence[str] | None = None) -> None:
     except Exception as error:
         if debug:
             raise
-        line = f"agcl: error: {_one_line(error)}"
+        line = f"agcl: error: {_one_line(error, words)}"
         if _user_error(error) is not None or not isinstance(error, ArgumentError):
             sys.exit(line)
         print(line, file=sys.stderr)
@@ -66,12 +67,12 @@ def _run(words: list[str], is_command_line: bool) -> int:
     return 0
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: Exception, words: list[str]) -> str:
     """What went wrong and what to do about it."""
     if (ours := _user_error(error)) is not None:
         return " ".join(str(ours).split())
     if isinstance(error, ArgumentError):
-        return _argument_line(str(error))
+        return _argument_line(str(error), words)
     text = " ".join(str(error).split())[:_LONGEST]
     if isinstance(error, OSError):  # what the operating system says names its file already
         remedy = _REMEDIES.get(error.errno or 0)
@@ -86,11 +87,23 @@ def _user_error(error: BaseException | None) -> AgclError | None:
     return error
 
 
-def _argument_line(message: str) -> str:
+def _argument_line(message: str, words: list[str]) -> str:
     """The parser's message, which may be dozens of lines, by what it says of the mistake."""
     if (line := denied_import(message)) is not None:
         return line
     kept = [line.strip() for line in message.splitlines() if not _NOISE.match(line.strip())]
     text = re.sub(r'Parser key "([^"]*)"', r"`\1`", " ".join(" ".join(kept).split()))
-    text = text.replace("typing.Literal", "one of ").replace(" - ", " ")
-    return f"{text[:_LONGEST].rstrip('.')}. See `agcl fit --help`, or the command's own."
+    text = text.replace("a typing.Literal", "one of ").replace(" - ", " ")
+    return f"{text[:_LONGEST].rstrip('.: ')}. See `{_command(words)} --help`."
+
+
+def _command(words: list[str]) -> str:
+    """The words that name a command, without its arguments."""
+    known: Any = {**commands.COMMANDS, **dict.fromkeys(("fit", "validate", "test", "predict"))}
+    found = ["agcl"]
+    for word in words:
+        if not isinstance(known, Mapping) or word not in known:
+            break
+        found.append(word)
+        known = known[word]
+    return " ".join(found)

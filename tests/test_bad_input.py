@@ -207,7 +207,7 @@ FIT: dict[str, tuple[Callable[[Place], Overrides], str]] = {
     ),
     "10 MB line": (
         lambda place: place.source("big.jsonl", ROW.replace("cat", "x" * 10_000_000)),
-        r"row 0 of `train` has a prompt of 10000000 characters, more than the 64 tokens allowed\. Shorten it",
+        r"row 0 of `train` has a prompt of 10000000 characters, more than 64 tokens hold\. Shorten it",
     ),
     "NaN label, table": (
         lambda place: place.source("n.csv", "prompt,answer\ncat,1\ndog,\n"),
@@ -236,7 +236,7 @@ FIT: dict[str, tuple[Callable[[Place], Overrides], str]] = {
     ),
     "prompt longer than the context": (
         lambda place: place.source("a.jsonl", ROW.replace("cat", "b" * 100)),
-        r"row 0 of `train` has 100 \+ 3 tokens.*the 64 tokens allowed.*`truncation: left`",
+        r"row 0 of `train` has 100 \+ 3 tokens.*more than the 64 allowed.*`truncation: left`",
     ),
     "empty split": (
         lambda place: {"data__tasks__1__test_split": "train[9:]"},
@@ -411,9 +411,9 @@ COMMANDS: dict[str, tuple[Callable[[Place], list[str]], str]] = {
         lambda place: ["fit", "--config", place.file("broken.yaml", "trainer: [1,\nmodel: 3")],
         r"Problems parsing config: while parsing .*line 1.*--help",
     ),
-    "no command": (words(""), r"expected \"subcommand\" to be one of {fit"),
+    "no command": (words(""), r"expected \"subcommand\" to be one of {fit.*See `agcl --help`"),
     "unknown command": (words("fti"), r"invalid choice: 'fti' \(choose from 'fit'"),
-    "unknown option": (words("fit --modle x"), r"unrecognized arguments: --modle x.*--help"),
+    "unknown option": (words("fit --modle x"), r"unrecognized arguments: --modle x\. See `agcl fit --help`"),
     "missing importance": (
         words("importance show /no"),
         r"There is no importance file /no; name a file written by agcl",
@@ -434,7 +434,10 @@ COMMANDS: dict[str, tuple[Callable[[Place], list[str]], str]] = {
         words("importance merge ONE --output ONE"),
         r"one\.safetensors exists; choose another name, or add --overwrite",
     ),
-    "unknown option of a command": (words("importance show ONE --foo"), r"unrecognized arguments: --foo.*--help"),
+    "unknown option of a command": (
+        words("importance show ONE --foo"),
+        r"unrecognized arguments: --foo\. See `agcl importance show --help`",
+    ),
     "too large a share": (
         words("importance compare ONE ONE --top_share 2"),
         r"`top_share` is 2; choose a share above 0, at most 1",

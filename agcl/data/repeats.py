@@ -23,8 +23,8 @@ class Repeats:
         """Say in one line how many there are, if any."""
         if self.same or self.contradicting:
             warnings.warn(
-                f"Task `{task}`: in `{split}`, {self.same} rows repeat an earlier one, and {self.contradicting} have the "
-                "prompt of an earlier one with another answer, so that not both can be right. Leave them out, unless it "
-                "is meant so.",
+                f"Task `{task}`: in `{split}`, {self.same} rows repeat an earlier one, and {self.contradicting} have "
+                "the prompt of an earlier one with another answer, so that not both can be right. Leave them out, "
+                "unless it is meant so.",
                 stacklevel=2,
             )

@@ -197,7 +197,7 @@ class AnswerEncoder:
         self.truncation = truncation
         self.vocab_size = vocab_size
         # No token stands for more characters than its own spelling has.
-        self._max_characters = max_length * max(map(len, tokenizer.get_vocab()))
+        self._max_characters = max_length * max(map(len, tokenizer.get_vocab()), default=1)
 
     def encode_answer(self, text: str) -> list[int]:
         """Token ids of an answer, closed by the end-of-sequence token."""
@@ -252,27 +252,7 @@ class AnswerEncoder:
                     f"({', '.join(task.labels)})."
                 )
             label = task.labels.index(value)
-        text = prompt.format(**row)
-        if self.truncation == "error" and len(text) > self._max_characters:  # whose tokens would take minutes to count
-            raise self._too_long(task, where, f"a prompt of {len(text)} characters")
-        prompt_ids = self.tokenizer(text)["input_ids"]
-        answer_ids = self.encode_answer(answer)[: task.max_answer_tokens]
-        if len(answer_ids) >= self.max_length:
-            raise AgclError(
-                f"Task `{task.name}`: {where} has an answer of {len(answer_ids)} tokens, which with a prompt is more "
-                f"than the {self.max_length} allowed. Shorten it, set `max_answer_tokens`, or choose a model with a longer "
-                "context."
-            )
-        excess = len(prompt_ids) + len(answer_ids) - self.max_length
-        if excess > 0:
-            if self.truncation == "error" or excess >= len(prompt_ids):
-                raise self._too_long(task, where, f"{len(prompt_ids)} + {len(answer_ids)} tokens (prompt + answer)")
-            prompt_ids = prompt_ids[excess:]
-        if self.vocab_size is not None and max(*prompt_ids, *answer_ids) >= self.vocab_size:
-            raise AgclError(
-                f"Task `{task.name}`: {where} has the token {max(*prompt_ids, *answer_ids)}, but the model knows only "
-                f"{self.vocab_size}: it and the tokenizer do not belong together, so put the model's own beside it."
-            )
+        prompt_ids, answer_ids = self._tokens(task, prompt.format(**row), answer, where)
         return {
             "input_ids": prompt_ids + answer_ids,
             "labels": [IGNORED_LABEL] * len(prompt_ids) + answer_ids,
@@ -280,11 +260,39 @@ class AnswerEncoder:
             "label": label,
         }
 
-    def _too_long(self, task: Task, where: str, size: str) -> AgclError:
-        return AgclError(
-            f"Task `{task.name}`: {where} has {size}, more than the {self.max_length} tokens allowed. Shorten it, "
-            "raise `max_length` if the model's context allows, or set `truncation: left`."
-        )
+    def _tokens(self, task: Task, text: str, answer: str, where: str) -> tuple[list[int], list[int]]:
+        """Token ids of prompt and answer, within ``max_length`` and known to the model."""
+        if self.truncation == "error" and len(text) > self._max_characters:  # whose tokens would take minutes to count
+            size = f"a prompt of {len(text)} characters, more than {self.max_length} tokens hold"
+            raise _too_long(task, where, size)
+        prompt_ids = self.tokenizer(text)["input_ids"]
+        answer_ids = self.encode_answer(answer)[: task.max_answer_tokens]
+        if len(answer_ids) >= self.max_length:
+            raise AgclError(
+                f"Task `{task.name}`: {where} has an answer of {len(answer_ids)} tokens, which with a prompt is more "
+                f"than the {self.max_length} allowed. Shorten it, set `max_answer_tokens`, or choose a model with a "
+                "longer context."
+            )
+        excess = len(prompt_ids) + len(answer_ids) - self.max_length
+        if excess > 0:
+            if self.truncation == "error" or excess >= len(prompt_ids):
+                size = f"{len(prompt_ids)} + {len(answer_ids)} tokens (prompt + answer)"
+                raise _too_long(task, where, f"{size}, more than the {self.max_length} allowed")
+            prompt_ids = prompt_ids[excess:]
+        largest = max([*prompt_ids, *answer_ids])
+        if self.vocab_size is not None and largest >= self.vocab_size:
+            raise AgclError(
+                f"Task `{task.name}`: {where} has the token {largest}, but the model knows only {self.vocab_size}: it "
+                "and the tokenizer do not belong together, so put the model's own beside it."
+            )
+        return prompt_ids, answer_ids
+
+
+def _too_long(task: Task, where: str, size: str) -> AgclError:
+    return AgclError(
+        f"Task `{task.name}`: {where} has {size}. Shorten it, raise `max_length` if the model's context allows, or set "
+        "`truncation: left`."
+    )
 
 
 def collate(rows: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[str, Any]:
