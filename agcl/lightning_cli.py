@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -24,7 +25,8 @@ class AgclCLI(LightningCLI):
     """LightningCLI for one model class and one data module class, with what both must agree on linked.
 
     The Trainer's ``max_epochs`` follows from the tasks' epochs, the tokenizer from the model. ``trainer.precision`` is
-    chosen by the machine unless given (:func:`choose_precision`).
+    chosen by the machine unless given (:func:`choose_precision`). ``extra_callbacks`` is a list beside
+    ``trainer.callbacks``, for what is to stay when a method's overlay replaces that list: measurements.
     """
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -32,6 +34,12 @@ class AgclCLI(LightningCLI):
         for name in ("model_name_or_path", "gguf_file", "trust_remote_code"):
             parser.link_arguments(f"model.{name}", f"data.{name}")
         parser.link_arguments(("data.tasks", "data.regime"), "trainer.max_epochs", compute_fn=_total_epochs)
+        parser.add_argument(
+            "--extra_callbacks",
+            type=list[Callback],
+            default=[],
+            help="Callbacks beside `trainer.callbacks`, which a method's overlay leaves as they are: measurements.",
+        )
         parser.set_defaults({"trainer.reload_dataloaders_every_n_epochs": 1, "trainer.num_sanity_val_steps": -1})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -47,7 +55,7 @@ class AgclCLI(LightningCLI):
         _restrict_checkpoints(config)
         _check_checkpoint_file(config.get("ckpt_path"))
         trainer = config.trainer
-        configured = [callback.class_path for callback in trainer.callbacks or []]
+        configured = [callback.class_path for callback in _all_callbacks(config)]
         if trainer.enable_progress_bar is False or any(path.endswith("ProgressBar") for path in configured):
             defaults = self.trainer_defaults["callbacks"]
             self.trainer_defaults["callbacks"] = [c for c in defaults if not isinstance(c, TaskProgressBar)]
@@ -56,6 +64,11 @@ class AgclCLI(LightningCLI):
             rank_zero_info(
                 f"Precision: {trainer.precision}, the faster one on this machine (set trainer.precision to change it)."
             )
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Give the Trainer the extra callbacks too."""
+        config = self.config_init[self.subcommand] if self.subcommand else self.config_init
+        return super().instantiate_trainer(callbacks=_all_callbacks(config), **kwargs)
 
     def _parse_ckpt_path(self) -> None:
         """Leave the configuration as given: a checkpoint of another model is to be refused, not trained silently."""
@@ -69,6 +82,12 @@ def _restrict_checkpoints(config: Any) -> None:
         )
     if "weights_only" in config:
         config.weights_only = True
+
+
+def _all_callbacks(config: Any) -> list[Any]:
+    """``trainer.callbacks``, which may be a single one, and ``extra_callbacks``."""
+    callbacks = config.trainer.callbacks or []
+    return [*(callbacks if isinstance(callbacks, list) else [callbacks]), *config.extra_callbacks]
 
 
 def _check_checkpoint_file(path: str | None) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from agcl.attribution.artefact import LazyImportance, shapes_of
 from agcl.attribution.levels import CHUNK, DTYPES, MAX_LEVEL, bits_of, chunks, histogram
+from agcl.blocks import block_number
 from agcl.errors import AgclError
 from agcl.heatmaps import write_numbers
 
@@ -29,8 +30,8 @@ def layer_of(parameter_name: str) -> str:
         >>> layer_of("model.layers.7.mlp.up_proj.weight"), layer_of("model.embed_tokens.weight")
         ('layer 07', 'embed_tokens')
     """
-    number = re.search(r"(?:^|\.)(\d+)\.", parameter_name)
-    return f"layer {int(number[1]):02d}" if number else kind_of(parameter_name)
+    number = block_number(parameter_name)
+    return kind_of(parameter_name) if number is None else f"layer {number:02d}"
 
 
 def kind_of(parameter_name: str) -> str:

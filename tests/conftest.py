@@ -71,6 +71,19 @@ def gpt2_folder(tmp_path_factory) -> Path:
     return save_tiny_model(tmp_path_factory.mktemp("gpt2"), "gpt2")
 
 
+@pytest.fixture(scope="session")
+def roomy_model(tmp_path_factory):
+    """A tiny model with the context that a benchmark's prompts need, in characters."""
+    folder = tmp_path_factory.mktemp("roomy")
+    config = tiny_config("llama")
+    config.max_position_embeddings = 2048
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    character_tokenizer().save_pretrained(folder)
+    return folder
+
+
 def write_rows(path: Path, rows: list[dict]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path

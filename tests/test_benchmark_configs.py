@@ -1,18 +1,14 @@
 """The benchmarks' configurations: each parses with what it is laid over, and learns made-up rows of its columns."""
 
-import gzip
-import json
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
-from conftest import character_tokenizer, tiny_config
-from transformers import AutoModelForCausalLM
+from made_up_rows import write_made_up_rows
 
 from agcl.cli import main
-from agcl.data.tasks import Task, template_columns
+from agcl.data.tasks import Task
 from agcl.module import ContinualLM
 
 CONFIGS = Path(__file__).parent.parent / "lightning_configs"
@@ -61,46 +57,6 @@ def test_orders_are_of_the_same_tasks(name):
     if sequence.endswith("_reduced"):
         whole = written(ORDERS[name.replace("_reduced", "")])["data"]["order"]
         assert order == [task for task in whole if task != "yahoo"]
-
-
-@pytest.fixture(scope="module")
-def roomy_model(tmp_path_factory):
-    """A tiny model with the context that a benchmark's prompts need, in characters."""
-    folder = tmp_path_factory.mktemp("roomy")
-    config = tiny_config("llama")
-    config.max_position_embeddings = 2048
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    character_tokenizer().save_pretrained(folder)
-    return folder
-
-
-def write_made_up_rows(folder, tasks):
-    """Three rows for each task and file, with the columns that the task names."""
-    rows = {}
-    for task in tasks:
-        (answer,) = template_columns(task.get("answer", " {answer}"))
-        prompts = [task.get("prompt", "{prompt}"), *(probe["prompt"] for probe in task.get("probes", {}).values())]
-        labels = task.get("labels") or ["one", "two"]
-        new = [
-            {
-                **{column: f"some {column} {i}" for prompt in prompts for column in template_columns(prompt)},
-                **{column: value for column, value in task.get("where", {}).items() if column != answer},
-                answer: labels[i % len(labels)],
-            }
-            for i in range(3)
-        ]
-        source = task["source"]
-        for file in source.values() if isinstance(source, dict) else [source]:
-            rows.setdefault(file, []).extend(new)
-    for file, content in rows.items():
-        path = folder / file
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".json":  # a list, as TRACE and O-LoRA publish theirs
-            path.write_text(json.dumps(content))
-        else:
-            path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in content).encode()))
 
 
 @pytest.mark.parametrize("name", sorted(DATA))

@@ -162,3 +162,26 @@ def test_precision_is_the_clearly_faster_one(monkeypatch, bfloat16_seconds, expe
 
 def test_products_are_timed():
     assert 0 < lightning_cli._product_seconds(torch.float32) < 10
+
+
+def test_extra_callbacks_stay_under_an_overlay(llama_folder, task_files, tmp_path, monkeypatch):
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 4)
+    options = {"source": str(text), "num_windows": 3, "window_tokens": 20}
+    base = write_config(
+        llama_folder,
+        task_files[:1],
+        tmp_path,
+        data__tasks__0__epochs=1,
+        extra_callbacks=[{"class_path": "agcl.GeneralAbility", "init_args": options}],
+    )
+    monkeypatch.setattr(sys, "argv", ["agcl"])
+    single = tmp_path / "single.yaml"  # a callback in place of a list
+    single.write_text("trainer: {callbacks: {class_path: lightning.pytorch.callbacks.RichModelSummary}}")
+    main(["fit", "--config", str(base), "--config", str(single)])
+    folder = tmp_path / "run" / "version_0"
+    ability = json.loads((folder / "scores.json").read_text())["general_ability"]
+    assert ability["forgetting"] == pytest.approx(ability["nll"][1] - ability["nll"][0])
+    saved = yaml.safe_load((folder / "config.yaml").read_text())  # it tells the same run again
+    assert saved["trainer"]["callbacks"]["class_path"].endswith("RichModelSummary")
+    assert saved["extra_callbacks"][0]["class_path"].endswith("GeneralAbility")

@@ -53,6 +53,10 @@ HOSTILE = {
         "trainer__callbacks",
         [{"class_path": "subprocess.Popen", "init_args": {"args": ["mkdir", "MARKER"]}}],
     ),
+    "extra callback": (
+        "extra_callbacks",
+        [{"class_path": "subprocess.Popen", "init_args": {"args": ["mkdir", "MARKER"]}}],
+    ),
     "function of a callback": ("trainer__callbacks", [{"class_path": LAMBDA, "init_args": {"setup": "os.system"}}]),
     "object of a callback": (
         "trainer__callbacks",

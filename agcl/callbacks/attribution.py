@@ -207,6 +207,7 @@ class AttributionCallback(Callback):
             "estimator": self.estimator.state_dict(),
             "num_boundaries": self.num_boundaries,
             "task_begun": self._task_begun,
+            "kept_bytes": self._kept_bytes,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -224,6 +225,7 @@ class AttributionCallback(Callback):
         self.estimator.load_state_dict(state_dict["estimator"])
         self.num_boundaries = state_dict["num_boundaries"]
         self._task_begun = state_dict["task_begun"]
+        self._kept_bytes = state_dict["kept_bytes"]
 
     # --------------------------------------------------------------- importance
 

@@ -1,7 +1,5 @@
 """From a task that a model has learned to the task's importance, and what is noted beside it."""
 
-import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,13 +8,12 @@ from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from agcl.attribution.estimators import Estimator, Evidence
+from agcl.attribution.estimators import Estimator
 from agcl.attribution.fingerprints import fingerprint
 from agcl.attribution.importance import ImportanceConfig, normalise
 from agcl.attribution.levels import DTYPES, Bits
-from agcl.attribution.passes import Sample
-from agcl.data.samples import as_samples, resolve_seed, training_samples
 from agcl.errors import AgclError
+from agcl.evidence import check_pattern, matching_parameters, task_evidence
 
 
 @dataclass
@@ -63,10 +60,7 @@ class Gatherer:
             raise AgclError(f"`batch_size` is {self.batch_size}; choose 1 or more, or leave it out.")
         if self.bits not in DTYPES:
             raise AgclError(f"`importance_bits` is {self.bits}; choose 8 or 16.")
-        try:
-            re.compile(self.parameters)
-        except re.error as error:
-            raise AgclError(f"`parameters` is not a regular expression: {self.parameters!r} ({error}).") from error
+        check_pattern(self.parameters)
 
     def check(self, trainer: Trainer, pl_module: Any) -> None:
         """Check, before anything is trained, that there are parameters to score and the estimator sees into the model.
@@ -75,21 +69,13 @@ class Gatherer:
             AgclError: If ``parameters`` matches none.
             UnsupportedModelError: From the estimator.
         """
-        names = self.parameter_names(pl_module.model)
-        if not names:
-            named = pl_module.model.named_parameters()
-            frozen = [name for name, _ in named if re.search(self.parameters, name)]
-            found = f"only frozen ones, such as `{frozen[0]}`" if frozen else "none at all"
-            raise AgclError(
-                f"`parameters` {self.parameters!r} matches no trainable parameter of the model, {found}: the gate "
-                "would protect nothing, so choose others or leave it out."
-            )
+        evidence = task_evidence(trainer, pl_module, 0, self.parameters, self.num_samples, seed=self.seed)
         with trainer.precision_plugin.forward_context():
-            self.estimator.check(pl_module.model, names, next(self._samples(trainer, pl_module, 0)))
+            self.estimator.check(pl_module.model, evidence.parameters, next(iter(evidence.samples)))
 
     def begin_task(self, model: nn.Module) -> None:
         """Let the estimator see the weights that a task starts from."""
-        self.estimator.begin_task(model, self.parameter_names(model))
+        self.estimator.begin_task(model, matching_parameters(model, self.parameters))
 
     def gather(self, trainer: Trainer, pl_module: Any, task_index: int, kept: Dataset | None = None) -> Gathered | None:
         """Importance of a task on the model as it is now.
@@ -105,26 +91,24 @@ class Gatherer:
             None if no row is answered correctly.
         """
         task = pl_module.tasks[task_index].name
-        if kept is None:
-            samples = self._samples(trainer, pl_module, task_index)
-            num_rows = len(trainer.datamodule.training_rows(task_index))  # type: ignore[attr-defined]
-            num_samples = min(self.num_samples, num_rows)
-        else:
-            samples, num_samples = as_samples(kept, pl_module.device), len(kept)
+        rows = trainer.datamodule.training_rows(task_index) if kept is None else kept  # type: ignore[attr-defined]
+        num_samples = min(self.num_samples, len(rows)) if kept is None else len(kept)
         shows_bar = trainer.progress_bar_callback is not None and trainer.is_global_zero
         bar = tqdm(
             total=num_samples, desc=f"Attribution of {task}", unit="row", disable=not shows_bar, dynamic_ncols=True
         )
         with bar, trainer.precision_plugin.forward_context():
-            evidence = Evidence(
-                pl_module.model,
-                self.parameter_names(pl_module.model),
-                samples,
+            evidence = task_evidence(
+                trainer,
+                pl_module,
+                task_index,
+                self.parameters,
                 num_samples,
-                batch_size=self.batch_size or trainer.datamodule.batch_size,  # type: ignore[attr-defined]
+                seed=self.seed,
+                batch_size=self.batch_size,
+                rows=kept,
                 per_sample=self.per_sample,
                 config=self.config,
-                seed=resolve_seed(self.seed, trainer.datamodule),  # type: ignore[attr-defined]
                 on_progress=bar.update,
             )
             scores = self.estimator.scores(evidence)
@@ -132,15 +116,6 @@ class Gatherer:
             return None
         metadata = self._metadata(pl_module, task, evidence.num_used)
         return Gathered(normalise(scores, self.config, self.bits), evidence.num_used, metadata)
-
-    def parameter_names(self, model: nn.Module) -> list[str]:
-        """Names of the parameters to score and gate."""
-        named = model.named_parameters()
-        return [name for name, parameter in named if parameter.requires_grad and re.search(self.parameters, name)]
-
-    def _samples(self, trainer: Trainer, pl_module: Any, task_index: int) -> Iterator[Sample]:
-        datamodule = trainer.datamodule  # type: ignore[attr-defined]
-        return training_samples(datamodule, task_index, seed=self.seed, device=pl_module.device)
 
     def _metadata(self, pl_module: Any, task: str, num_samples: int) -> dict[str, str]:
         settings = {

@@ -36,13 +36,16 @@ class ContinualReport(Callback):
     def __init__(self, save_model: bool = True) -> None:
         self.save_model = save_model
         self._seconds_before = 0.0
+        self._processor_seconds_before = 0.0
         self._extra_bytes = 0
         self._trainable_weights = 0
         self._start = time.monotonic()
+        self._processor_start = time.process_time()
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Start the clock; count the weights to train, before a method freezes some for a while."""
+        """Start the clocks; count the weights to train, before a method freezes some for a while."""
         self._start = time.monotonic()
+        self._processor_start = time.process_time()
         self._trainable_weights = sum(p.numel() for p in pl_module.model.parameters() if p.requires_grad)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
@@ -57,20 +60,26 @@ class ContinualReport(Callback):
             self._finish(trainer, pl_module, folder, results)
 
     def state_dict(self) -> dict[str, float]:
-        """Wall time so far, in seconds, so that a resumed run reports the sum."""
-        return {"wall_seconds": self._wall_seconds()}
+        """Wall and processor time so far, in seconds, so that a resumed run reports the sums."""
+        return {"wall_seconds": self._wall_seconds(), "processor_seconds": self._processor_seconds()}
 
     def load_state_dict(self, state_dict: dict[str, float]) -> None:
-        """Restore the wall time of the run that is resumed."""
+        """Restore the times of the run that is resumed."""
         self._seconds_before = state_dict["wall_seconds"]
+        self._processor_seconds_before = state_dict["processor_seconds"]
 
     def _wall_seconds(self) -> float:
         return self._seconds_before + time.monotonic() - self._start
+
+    def _processor_seconds(self) -> float:
+        """Of this process's threads; waiting for a busy machine adds nothing to it."""
+        return self._processor_seconds_before + time.process_time() - self._processor_start
 
     def _write(self, trainer: Trainer, pl_module: Any) -> tuple[Path, dict[str, Any]]:
         results = collect_results(trainer, pl_module)  # on all ranks: metrics are synchronised
         results["trainable_weights"] = self._trainable_weights
         results["wall_seconds"] = round(self._wall_seconds(), 1)
+        results["processor_seconds"] = round(self._processor_seconds(), 1)
         results["peak_memory_bytes"] = _peak_memory_bytes()
         self._extra_bytes = max(self._extra_bytes, _extra_bytes(trainer))  # some let go of it before training ends
         results["extra_bytes_per_weight"] = self._extra_bytes / sum(p.numel() for p in pl_module.model.parameters())

@@ -14,7 +14,10 @@ from agcl.compare.statistics import (
     standard_deviation,
 )
 
-COSTS = ("wall_seconds", "peak_memory_bytes", "extra_bytes_per_weight")
+COSTS = ("wall_seconds", "processor_seconds", "peak_memory_bytes", "extra_bytes_per_weight")
+
+GENERAL_FORGETTING = "general_forgetting"
+"""Loss of ordinary text after the last task minus that before training, in nats per token; more is worse."""
 
 Record = dict[str, Any]
 """Plain values only: what ``comparison.json`` holds."""
@@ -23,7 +26,12 @@ Record = dict[str, Any]
 def run_record(run: Run) -> Record:
     """What one run was and what came of it; ``metrics`` is empty unless it finished."""
     state, results = run.state(), run.results()
-    metrics = {} if results is None else {**results["metrics"], **{name: results.get(name) for name in COSTS}}
+    ability = {} if results is None else results.get("general_ability", {})
+    metrics: dict[str, Any] = {}
+    if results is not None:
+        metrics |= results["metrics"]
+        metrics |= {GENERAL_FORGETTING: ability["forgetting"]} if ability else {}
+        metrics |= {name: results.get(name) for name in COSTS}
     return {
         "method": run.method,
         "values": run.values,
@@ -35,6 +43,7 @@ def run_record(run: Run) -> Record:
         "error": state.get("error"),
         "tasks": None if results is None else results["tasks"],
         "metrics": metrics,
+        "general_forgetting_standard_error": ability.get("standard_error"),
     }
 
 
@@ -149,8 +158,11 @@ def _notes(comparison: Comparison, methods: Mapping[str, Record]) -> list[str]:
         notes.append("Settings were chosen by the scores on the rows that the table is about, not on validation rows.")
     if comparison.runner == "processes" and (comparison.parallel or 1) > 1:
         notes.append(
-            f"Up to {comparison.parallel} runs shared the machine, so that their wall times are longer than alone."
+            f"Up to {comparison.parallel} runs shared the machine, so that their wall times are longer than alone. "
+            "Processor time is of all threads of a run's process."
         )
+    if text := _text_precision(methods):
+        notes.append(text)
     numbers = {d["number"] for m in methods.values() for d in m["differences"].values()} - {0}
     fewest = min(numbers, default=0)
     if fewest == 1:
@@ -162,6 +174,18 @@ def _notes(comparison: Comparison, methods: Mapping[str, Record]) -> list[str]:
             f"seen, not as {100 * comparison.confidence:g} % confidence."
         )
     return notes
+
+
+def _text_precision(methods: Mapping[str, Record]) -> str | None:
+    errors = [run["general_forgetting_standard_error"] for method in methods.values() for run in method["runs"]]
+    largest = max((error for error in errors if error is not None), default=None)
+    if largest is None:
+        return None
+    return (
+        "General forgetting is the loss of ordinary text after the last task minus that before training, in nats per "
+        f"token. For another text of the kind, a run's standard error is {largest:.3f} or less, by the spread over the "
+        "windows read; as all methods read the same, they are compared more precisely on these."
+    )
 
 
 def _plain(value: float) -> float | None:

@@ -9,7 +9,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from agcl.compare.outcome import COSTS, Record, metric_names
+from agcl.compare.outcome import COSTS, GENERAL_FORGETTING, Record, metric_names
 from agcl.compare.runs import values_text
 
 _HEADERS = {
@@ -18,12 +18,14 @@ _HEADERS = {
     "forgetting": "forgetting",
     "forward_transfer": "FWT",
     "learning_accuracy": "LA",
+    GENERAL_FORGETTING: "general forgetting (nats)",
     "wall_seconds": "wall time (s)",
+    "processor_seconds": "processor time (s)",
     "peak_memory_bytes": "peak memory (GiB)",
     "extra_bytes_per_weight": "extra bytes / weight",
 }
 _SCALES = {"peak_memory_bytes": 2.0**-30}
-_DIGITS = {"wall_seconds": 0, "peak_memory_bytes": 2, "extra_bytes_per_weight": 2}
+_DIGITS = {"wall_seconds": 0, "processor_seconds": 0, "peak_memory_bytes": 2, "extra_bytes_per_weight": 2}
 _UNDEFINED = "-"
 
 Grid = tuple[str, list[str], list[list[str]]]

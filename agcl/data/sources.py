@@ -58,6 +58,11 @@ def load_rows(task: Task, split: str, columns: Sequence[str]) -> Dataset:
             )
         except AgclError:
             raise
+        except ConnectionError as error:
+            raise AgclError(
+                f"Task `{task.name}`: the data set {task.source} cannot be reached on the hub and is not in its cache: "
+                "load it once with a connection, or give a local file or folder."
+            ) from error
         except Exception as error:  # the library raises a dozen unrelated types for a file or split that is not right
             reason = " ".join(str(error.__cause__ or error).split())[:300]
             if "corresponds to no data" in reason:

@@ -5,9 +5,9 @@ from typing import Any, Literal
 from lightning.pytorch import Callback, Trainer
 from torch.optim import Optimizer
 
-from agcl.attribution.estimators import Fisher, PerSampleGradient
+from agcl.attribution.estimators import Evidence, Fisher, PerSampleGradient
 from agcl.errors import AgclError
-from agcl.methods.evidence import task_evidence
+from agcl.evidence import task_evidence
 from agcl.methods.interface import check_sequence
 from agcl.methods.quadratic import QuadraticPenalty
 
@@ -78,7 +78,7 @@ class EWC(Callback):
                 "Under 16-mixed precision a fused optimizer unscales all gradients inside of its step, the penalty's "
                 "too: set `fused: false`, or precision bf16-mixed."
             )
-        evidence = task_evidence(trainer, pl_module, 0, self.parameters, self.num_samples, self.seed)
+        evidence = self._evidence(trainer, pl_module, 0)
         with trainer.precision_plugin.forward_context():
             self.estimator.check(pl_module.model, evidence.parameters, next(iter(evidence.samples)))
 
@@ -98,7 +98,7 @@ class EWC(Callback):
         # On resuming, Lightning may run an epoch's end again; the last task's is of no more use.
         if self.num_boundaries > index or index + 1 == len(pl_module.tasks):
             return
-        evidence = task_evidence(trainer, pl_module, index, self.parameters, self.num_samples, self.seed)
+        evidence = self._evidence(trainer, pl_module, index)
         with trainer.precision_plugin.forward_context():
             fisher = self.estimator.scores(evidence)
         weights = dict(pl_module.model.named_parameters())
@@ -107,6 +107,12 @@ class EWC(Callback):
         else:
             self.penalty.replace(fisher, weights, self.decay)
         self.num_boundaries = index + 1
+
+    def _evidence(self, trainer: Trainer, pl_module: Any, index: int) -> Evidence:
+        """A task's rows, all of them alike whether answered correctly or not."""
+        return task_evidence(
+            trainer, pl_module, index, self.parameters, self.num_samples, seed=self.seed, only_correct=False
+        )
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Optimizer) -> None:
         """Add the penalty's gradient."""

@@ -1,6 +1,5 @@
 """Parameters that do not move while a task is learned."""
 
-import re
 from collections import defaultdict
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from lightning.pytorch import Callback, Trainer
 from torch import nn
 
+from agcl.blocks import block_number
 from agcl.errors import AgclError
 from agcl.methods.interface import check_sequence
 
@@ -87,7 +87,7 @@ class Freezing(Callback):
 
 
 def by_block(names: Collection[str]) -> dict[int, list[str]]:
-    """Parameter names by decoder block, the first number in the name; names without one are left out.
+    """Parameter names by decoder block (:func:`block_number`); names without one are left out.
 
     Example:
         >>> by_block(["wte.weight", "h.0.ln.weight", "h.1.ln.weight", "h.1.ln.bias"])
@@ -95,8 +95,8 @@ def by_block(names: Collection[str]) -> dict[int, list[str]]:
     """
     blocks = defaultdict(list)
     for name in names:
-        if number := re.search(r"(?:^|\.)(\d+)\.", name):
-            blocks[int(number[1])].append(name)
+        if (number := block_number(name)) is not None:
+            blocks[number].append(name)
     return dict(blocks)
 
 

@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import CSVLogger
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from agcl.callbacks import ContinualReport, GeneralAbility
-from agcl.callbacks.general_ability import mean_nll
+from agcl.callbacks.general_ability import window_nll
 from agcl.errors import AgclError
 
 TEXT = "The quick brown fox jumps over the lazy dog. Pack my box: five dozen jugs, or six? No. "
@@ -69,6 +69,7 @@ def test_it_is_the_loss_of_plain_transformers(gpt2_folder, task_files, tmp_path,
     assert [value for value in results["nll"] if value is not None] == pytest.approx(expected, rel=1e-5)
     assert [value is None for value in results["nll"]] == [False, *[regime == "joint"] * 2, False]
     assert results["forgetting"] == pytest.approx(expected[-1] - expected[0], rel=1e-4)
+    assert results["standard_error"] > 0
 
 
 def test_a_models_own_distribution_bounds_it():
@@ -78,7 +79,17 @@ def test_a_models_own_distribution_bounds_it():
         def forward(self, input_ids, attention_mask, use_cache):
             return type("Output", (), {"logits": torch.zeros(*input_ids.shape, 7)})
 
-    assert mean_nll(Uniform(), torch.randint(7, (5, 4)), batch_size=2) == pytest.approx(math.log(7))
+    nll = window_nll(Uniform(), torch.randint(7, (5, 4)), batch_size=2)
+    assert nll.tolist() == pytest.approx([math.log(7)] * 5)
+
+
+def test_forgetting_and_its_standard_error_are_over_the_windows_changes():
+    """Changes 1, 2 and 6: mean 3, variance (4 + 1 + 9) / 2."""
+    ability = GeneralAbility()
+    ability.load_state_dict({"nll": {0: [1.0, 5.0, 2.0], 1: [9.0, 9.0, 9.0], 2: [2.0, 7.0, 8.0]}})
+    results = ability.results()["general_ability"]
+    assert results["forgetting"] == pytest.approx(3.0)
+    assert results["standard_error"] == pytest.approx(math.sqrt(7 / 3))
 
 
 def test_measuring_leaves_training_as_it_was(gpt2_folder, task_files, tmp_path, text_file):

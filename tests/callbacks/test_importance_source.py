@@ -279,6 +279,9 @@ def test_kept_rows_count_as_extra_bytes(llama_folder, task_files, tmp_path, know
         fit(llama_folder, task_files, tmp_path / str(reestimate), callback)
         sizes.append(callback.extra_bytes())
     assert sizes[0] < sizes[1] < sizes[0] + 10_000
+    resumed = attribution(reestimate=2)
+    resumed.load_state_dict(callback.state_dict())
+    assert resumed.extra_bytes() == sizes[1]
 
 
 def test_resuming_with_kept_rows_needs_the_files(llama_folder, task_files, tmp_path, knowing):

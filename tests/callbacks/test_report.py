@@ -37,4 +37,5 @@ def test_results_say_what_the_run_cost(llama_folder, task_files, tmp_path, keepe
     assert results["extra_bytes_per_weight"] == keepers * 2000 / weights
     assert results["trainable_weights"] == weights - model.model.get_input_embeddings().weight.numel()
     assert results["seed"] == 0
+    assert 0 < results["processor_seconds"] < 3600
     assert 2**24 < results["peak_memory_bytes"] < 2**36

@@ -20,8 +20,8 @@ LR, STRENGTH = "model.lr", "model.strength"
 class TableRunner:
     """Gives each run the learning accuracy and backward transfer that a function of method, values and seed says."""
 
-    def __init__(self, scores):
-        self.scores, self.ran = scores, []
+    def __init__(self, scores, more=None):
+        self.scores, self.more, self.ran = scores, more or {}, []
 
     def __call__(self, runs, comparison, report):
         for run in runs:
@@ -41,7 +41,7 @@ class TableRunner:
                 "learning_accuracy": learning,
             }
             results = {"tasks": ["a", "b"], "scores": [[0, 0], [1, 0], [1, 1]], "metrics": metrics, "wall_seconds": 9.0}
-            (run.folder / "scores.json").write_text(json.dumps({**results, "peak_memory_bytes": 2**30}))
+            (run.folder / "scores.json").write_text(json.dumps({**results, "peak_memory_bytes": 2**30, **self.more}))
             report(run, None, run.conclude(0, False))
 
 
@@ -61,9 +61,9 @@ def setting(tmp_path):
     return make
 
 
-def run(comparison, scores=None, **options):
+def run(comparison, scores=None, *, more=None, **options):
     console = Console(file=io.StringIO(), width=200)
-    runner = TableRunner(scores)
+    runner = TableRunner(scores, more)
     record = compare_methods(comparison, console, runner=runner, **options)
     return record, runner.ran, console.file.getvalue()
 
@@ -200,6 +200,21 @@ def test_csv_has_a_row_for_each_run(setting, tmp_path):
     assert rows[3]["forward_transfer"] == ""
 
 
+def test_general_forgetting_and_processor_time_are_reported(setting, tmp_path):
+    ability = {"nll": [3.0, 3.5, 3.25], "forgetting": 0.25, "standard_error": 0.0625}
+    record, _, _ = run(setting(), best_at_two, more={"general_ability": ability, "processor_seconds": 7.0})
+    assert record["methods"]["plain"]["summary"]["general_forgetting"]["mean"] == 0.25
+    assert record["methods"]["other"]["differences"]["general_forgetting"]["mean"] == 0.0
+    assert any("standard error is 0.062 or less" in note for note in record["notes"])
+    text = (tmp_path / "out" / "comparison.md").read_text()
+    assert "| LA | general forgetting (nats) |\n" in text
+    assert "± 0.125 | 0.250 ± 0.000 |" in text
+    assert "| wall time (s) | processor time (s) |" in text
+    assert "| 3 of 3 | 9 ± 0 | 7 ± 0 |" in text
+    (row, *_) = csv.DictReader((tmp_path / "out" / "comparison.csv").open())
+    assert (row["general_forgetting"], row["processor_seconds"]) == ("0.25", "7.0")
+
+
 def test_markdown_tables_are_well_formed(setting, tmp_path):
     run(setting(), best_at_two)
     text = (tmp_path / "out" / "comparison.md").read_text()
@@ -207,7 +222,8 @@ def test_markdown_tables_are_well_formed(setting, tmp_path):
         if block.startswith("|"):
             assert len({line.count("|") for line in block.splitlines()}) == 1
     assert "| other | 0.500 ± 0.062 | -0.375 ± 0.125 | 0.375 ± 0.125 | - | 0.688 ± 0.125 |" in text
-    assert "| plain | lr=2.0 | 3 of 3 | 9 ± 0 | 1.00 ± 0.00 |" in text
+    assert "| plain | lr=2.0 | 3 of 3 | 9 ± 0 | - | 1.00 ± 0.00 |" in text
+    assert "general" not in text
 
 
 def test_figure_shows_each_run_and_lines_of_equal_performance(setting):
@@ -221,6 +237,18 @@ def test_figure_shows_each_run_and_lines_of_equal_performance(setting):
     for annotation in lines:
         transfer, learning = annotation.xy
         assert learning + transfer / 2 == pytest.approx(float(annotation.get_text().removeprefix("AP ")))
+
+
+def test_data_folder_from_the_command_line(tmp_path, monkeypatch):
+    (tmp_path / "base.yaml").write_text("{}")
+    content = {"base": [str(tmp_path / "base.yaml")], "methods": {"plain": {}}, "seeds": [0], "output": "out"}
+    (tmp_path / "comparison.yaml").write_text(yaml.safe_dump(content))
+    given = []
+    monkeypatch.setattr("agcl.compare.comparing.run_in_processes", lambda runs, *_: given.extend(runs))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):  # nothing has run
+        main(["compare", "--config", str(tmp_path / "comparison.yaml"), "--data_dir", "some/folder"])
+    assert [run.config["data"]["data_dir"] for run in given] == ["some/folder"]
 
 
 def test_real_runs(llama_folder, task_files, tmp_path, monkeypatch, capsys):

@@ -1,0 +1,86 @@
+"""What an estimator looks at at a task boundary: which parameters, and which rows of the task."""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from lightning.pytorch import Trainer
+from torch import nn
+
+from agcl.attribution.estimators import Evidence
+from agcl.data.samples import as_samples, resolve_seed, training_samples
+from agcl.errors import AgclError
+
+
+def check_pattern(parameters: str) -> None:
+    """Refuse what is not a regular expression.
+
+    Raises:
+        AgclError: Naming it.
+    """
+    try:
+        re.compile(parameters)
+    except re.error as error:
+        raise AgclError(f"`parameters` is not a regular expression: {parameters!r} ({error}).") from error
+
+
+def matching_parameters(model: nn.Module, parameters: str) -> list[str]:
+    """Names of the trainable parameters that a regular expression is found in.
+
+    Raises:
+        AgclError: If it is none, or is found in no name.
+    """
+    check_pattern(parameters)
+    pattern = re.compile(parameters)
+    names = [name for name, p in model.named_parameters() if p.requires_grad and pattern.search(name)]
+    if not names:
+        frozen = [name for name, _ in model.named_parameters() if pattern.search(name)]
+        found = f"only frozen ones, such as `{frozen[0]}`" if frozen else "none at all"
+        raise AgclError(
+            f"`parameters` {parameters!r} matches no trainable parameter of the model, {found}: choose others."
+        )
+    return names
+
+
+def task_evidence(
+    trainer: Trainer,
+    pl_module: Any,
+    task_index: int,
+    parameters: str,
+    num_samples: int,
+    *,
+    seed: int | None,
+    batch_size: int | None = None,
+    rows: Iterable[Mapping[str, Any]] | None = None,
+    **options: Any,
+) -> Evidence:
+    """A task's rows, and the parameters that are to be scored on them.
+
+    Args:
+        trainer: The trainer, with a ``ContinualDataModule``.
+        pl_module: The ``ContinualLM``.
+        task_index: 0-based, in the trainer's data module.
+        parameters: Regular expression; the trainable parameters whose name it is found in are to be scored.
+        num_samples: Rows, at most.
+        seed: Choice of the rows, and of what the estimator draws; the data module's if None.
+        batch_size: Rows that are run together; as many as in training if None.
+        rows: Encoded rows to use, in this order; the task's training rows in a random one if None.
+        **options: The rest of :class:`Evidence`: ``only_correct``, ``per_sample``, ``config``, ``on_progress``.
+
+    Raises:
+        AgclError: If the expression is none, or matches no trainable parameter.
+    """
+    datamodule = trainer.datamodule  # type: ignore[attr-defined]
+    if rows is None:
+        samples = training_samples(datamodule, task_index, seed=seed, device=pl_module.device)
+    else:
+        samples = as_samples(rows, pl_module.device)
+    return Evidence(
+        pl_module.model,
+        matching_parameters(pl_module.model, parameters),
+        samples,
+        num_samples,
+        batch_size=batch_size or datamodule.batch_size,
+        seed=resolve_seed(seed, datamodule),
+        **options,
+    )
