@@ -1,31 +1,83 @@
 """Command line: the commands of `agcl.commands`, and for everything else LightningCLI (`agcl.lightning_cli`)."""
 
+import errno
+import os
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jsonargparse import ArgumentError
 
 from agcl import commands
 from agcl.errors import AgclError
+from agcl.trust import denied_import, restrict_imports
+
+DEBUG = "--debug"
+_DEBUG_VARIABLE = "AGCL_DEBUG"  # which the processes that a run starts inherit
+_LONGEST = 600
+
+# Of a value that fits none of several types the parser explains each. These say nothing of what is wrong.
+_NOISE = re.compile(
+    r"Does not validate against any|Subtypes: |Errors:$|Given value|Subclass types expect one of|- a (class path|dict) "
+    r"|- Not a valid subclass of|- Expected a <class 'NoneType'>$"
+)
+_SPACE = "free some there, then go on from the last checkpoint; what was saved before is whole"
+_PERMISSION = "choose a folder that you may write to"
+_REMEDIES = {
+    errno.ENOSPC: _SPACE,
+    errno.EDQUOT: _SPACE,
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST), _PERMISSION),
+}
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run the command line; errors that a user can mend are printed as one line, exit status 1."""
-    words = sys.argv[1:] if args is None else list(args)
-    try:
-        if words and words[0] in commands.COMMANDS:
-            status = commands.run(words)
-        else:
-            from agcl import lightning_cli  # seconds to import, which the other commands do without
+    """Run the command line; an error is printed as one line (exit status 2 for wrong arguments, else 1).
 
-            lightning_cli.run(args, epilog=commands.help_text())
-            status = 0
-    except (ValueError, OSError) as error:
-        # What the operating system says (no space left, permission denied) names its file already.
-        user_error = error if isinstance(error, OSError) else _user_error(error)
-        if user_error is None:
+    With ``--debug`` anywhere among the arguments, or ``AGCL_DEBUG=1`` in the environment, it is raised as it is.
+    """
+    words = list(sys.argv[1:] if args is None else args)
+    debug = DEBUG in words or os.environ.get(_DEBUG_VARIABLE, "0") not in ("", "0")
+    if DEBUG in words:
+        words = [word for word in words if word != DEBUG]
+        if args is None:
+            sys.argv[1:] = words
+            os.environ[_DEBUG_VARIABLE] = "1"
+    try:
+        restrict_imports()
+        status = _run(words, is_command_line=args is None)
+    except Exception as error:
+        if debug:
             raise
-        sys.exit(f"agcl: error: {user_error}")
+        line = f"agcl: error: {_one_line(error, words)}"
+        if _user_error(error) is not None or not isinstance(error, ArgumentError):
+            sys.exit(line)
+        print(line, file=sys.stderr)
+        status = 2
     if status:
         sys.exit(status)
+
+
+def _run(words: list[str], is_command_line: bool) -> int:
+    if words and words[0] in commands.COMMANDS:
+        return commands.run(words)
+    from agcl import lightning_cli  # seconds to import, which the other commands do without
+
+    lightning_cli.run(None if is_command_line else words, epilog=commands.help_text())
+    return 0
+
+
+def _one_line(error: Exception, words: list[str]) -> str:
+    """What went wrong and what to do about it."""
+    if (ours := _user_error(error)) is not None:
+        return " ".join(str(ours).split())
+    if isinstance(error, ArgumentError):
+        return _argument_line(str(error), words)
+    text = " ".join(str(error).split())[:_LONGEST]
+    if isinstance(error, OSError):  # what the operating system says names its file already
+        remedy = _REMEDIES.get(error.errno or 0)
+        return f"{text}; {remedy}." if remedy else text
+    return f"{type(error).__name__}: {text or 'no message'} (not foreseen; add {DEBUG} to see where)"
 
 
 def _user_error(error: BaseException | None) -> AgclError | None:
@@ -33,3 +85,25 @@ def _user_error(error: BaseException | None) -> AgclError | None:
     while error is not None and not isinstance(error, AgclError):
         error = error.__cause__ or error.__context__
     return error
+
+
+def _argument_line(message: str, words: list[str]) -> str:
+    """The parser's message, which may be dozens of lines, by what it says of the mistake."""
+    if (line := denied_import(message)) is not None:
+        return line
+    kept = [line.strip() for line in message.splitlines() if not _NOISE.match(line.strip())]
+    text = re.sub(r'Parser key "([^"]*)"', r"`\1`", " ".join(" ".join(kept).split()))
+    text = text.replace("a typing.Literal", "one of ").replace(" - ", " ")
+    return f"{text[:_LONGEST].rstrip('.: ')}. See `{_command(words)} --help`."
+
+
+def _command(words: list[str]) -> str:
+    """The words that name a command, without its arguments."""
+    known: Any = {**commands.COMMANDS, **dict.fromkeys(("fit", "validate", "test", "predict"))}
+    found = ["agcl"]
+    for word in words:
+        if not isinstance(known, Mapping) or word not in known:
+            break
+        found.append(word)
+        known = known[word]
+    return " ".join(found)

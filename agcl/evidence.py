@@ -34,7 +34,11 @@ def matching_parameters(model: nn.Module, parameters: str) -> list[str]:
     pattern = re.compile(parameters)
     names = [name for name, p in model.named_parameters() if p.requires_grad and pattern.search(name)]
     if not names:
-        raise AgclError(f"`parameters` {parameters!r} matches no trainable parameter of the model.")
+        frozen = [name for name, _ in model.named_parameters() if pattern.search(name)]
+        found = f"only frozen ones, such as `{frozen[0]}`" if frozen else "none at all"
+        raise AgclError(
+            f"`parameters` {parameters!r} matches no trainable parameter of the model, {found}: choose others."
+        )
     return names
 
 

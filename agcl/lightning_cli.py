@@ -1,5 +1,6 @@
 """``agcl fit --config ...``: LightningCLI with the continual loop's settings filled in."""
 
+import sys
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,6 +8,7 @@ from timeit import Timer
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
@@ -16,6 +18,7 @@ from agcl.data.datamodule import ContinualDataModule
 from agcl.data.sequence import Regime
 from agcl.errors import AgclError
 from agcl.module import ContinualLM
+from agcl.trust import check_remote_code, check_sharded_checkpoint
 
 
 class AgclCLI(LightningCLI):
@@ -39,9 +42,17 @@ class AgclCLI(LightningCLI):
         )
         parser.set_defaults({"trainer.reload_dataloaders_every_n_epochs": 1, "trainer.num_sanity_val_steps": -1})
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Remember what was said on the command line, other than in a file."""
+        self.words = sys.argv[1:] if args is None else list(args)
+        super().parse_arguments(parser, args)
+
     def before_instantiate_classes(self) -> None:
-        """Check the checkpoint's file; choose precision and progress bar where none is given."""
+        """Check what may run code, and the checkpoint's file; choose precision and progress bar where none is given."""
         config = self.config[self.subcommand] if self.subcommand else self.config
+        check_remote_code(config.model.trust_remote_code, self.words)
+        check_sharded_checkpoint(config.get("ckpt_path"), self.words)
+        _restrict_checkpoints(config)
         _check_checkpoint_file(config.get("ckpt_path"))
         trainer = config.trainer
         configured = [callback.class_path for callback in _all_callbacks(config)]
@@ -63,6 +74,16 @@ class AgclCLI(LightningCLI):
         """Leave the configuration as given: a checkpoint of another model is to be refused, not trained silently."""
 
 
+def _restrict_checkpoints(config: Any) -> None:
+    """Let checkpoints be read as tensors and plain values, never as objects, whose loading runs code."""
+    if config.get("weights_only") is False:
+        raise AgclError(
+            "`weights_only: false` lets a checkpoint run code; agcl's checkpoints do without, so leave it out."
+        )
+    if "weights_only" in config:
+        config.weights_only = True
+
+
 def _all_callbacks(config: Any) -> list[Any]:
     """``trainer.callbacks``, which may be a single one, and ``extra_callbacks``."""
     callbacks = config.trainer.callbacks or []
@@ -70,13 +91,22 @@ def _all_callbacks(config: Any) -> list[Any]:
 
 
 def _check_checkpoint_file(path: str | None) -> None:
-    """Refuse, before anything is loaded, a checkpoint that is not there or not whole."""
+    """Refuse, before anything is loaded, a checkpoint that is not there, not whole, not agcl's, or would run code."""
     if path is None or path in ("last", "best", "hpc"):
         return
     if not Path(path).exists():
         raise AgclError(f"The checkpoint {path} does not exist.")
-    if Path(path).is_file() and not zipfile.is_zipfile(path):
+    if Path(path).is_dir():  # sharded
+        return
+    if not zipfile.is_zipfile(path):
         raise AgclError(f"{path} is not a checkpoint, or not a whole one: take an earlier one.")
+    try:
+        content = torch.load(path, map_location="meta", mmap=True, weights_only=True)  # reads no tensor
+    except Exception as error:  # torch raises many types for what is not right
+        reason = " ".join(str(error).split())[:300]
+        raise AgclError(f"The checkpoint {path} cannot be read ({reason}): take an earlier one.") from error
+    if not isinstance(content, dict) or "agcl" not in content:
+        raise AgclError(f"{path} was not written by agcl: it holds no score matrix. Take a checkpoint of this run.")
 
 
 def _total_epochs(tasks: Sequence[Any], regime: Regime) -> int:
@@ -106,12 +136,26 @@ def _product_seconds(dtype: torch.dtype) -> float:
 
 
 def run(args: Sequence[str] | None, epilog: str) -> None:
-    """Parse the arguments (None: the process's own), and train, validate or test accordingly."""
-    AgclCLI(
-        ContinualLM,
-        ContinualDataModule,
-        args=None if args is None else list(args),
-        seed_everything_default=0,
-        trainer_defaults={"callbacks": [TaskProgressBar(), ContinualReport(), ContinualMonitor()]},
-        parser_kwargs={"prog": "agcl", "epilog": epilog, "fit": {"prog": "agcl fit"}},
-    )
+    """Parse the arguments (None: the process's own), and train, validate or test accordingly.
+
+    Raises:
+        ArgumentError: If the arguments, or the files they name, do not fit the options.
+        AgclError: If what they ask for cannot work.
+    """
+    no_exit = {"exit_on_error": False}
+    try:
+        AgclCLI(
+            ContinualLM,
+            ContinualDataModule,
+            args=None if args is None else list(args),
+            seed_everything_default=0,
+            trainer_defaults={"callbacks": [TaskProgressBar(), ContinualReport(), ContinualMonitor()]},
+            parser_kwargs={
+                "prog": "agcl",
+                "epilog": epilog,
+                **no_exit,
+                **{name: {"prog": f"agcl {name}", **no_exit} for name in AgclCLI.subcommands()},
+            },
+        )
+    except MisconfigurationException as error:
+        raise AgclError(str(error)) from error

@@ -106,6 +106,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
+    is_trained_whole: bool = False,
 ) -> PreTrainedModel:
     """Load a causal language model for training.
 
@@ -116,11 +117,25 @@ def load_model(
             run's precision (``bf16-true`` and the like).
         attn_implementation: As in transformers. ``None`` lets transformers choose.
         trust_remote_code: Run model code that comes with the checkpoint. Off unless you trust its author.
+        is_trained_whole: Whether all weights are to be trained, which quantised ones cannot be.
 
     Raises:
-        AgclError: If nothing loads under that name, or the model is not a causal language model.
+        AgclError: If nothing loads under that name, the model is not a causal language model, or its weights cannot be
+            trained.
     """
-    load_config(model_name_or_path, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
+    if attn_implementation is not None and "/" in attn_implementation and not trust_remote_code:
+        raise AgclError(
+            f"`attn_implementation: {attn_implementation}` is compiled code from the hub, which attribution cannot see "
+            "into: take sdpa or eager, or, if you trust it, `trust_remote_code`."
+        )
+    config = load_config(model_name_or_path, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
+    quantisation = getattr(config, "quantization_config", None)
+    if is_trained_whole and gguf_file is None and quantisation is not None:
+        method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation.quant_method
+        raise AgclError(
+            f"The weights of `{model_name_or_path}` are quantised ({method}), so they cannot be trained: take the "
+            "model without quantisation, or train an `adapter` on it."
+        )
     try:
         model = AutoModelForCausalLM.from_pretrained(
             resolve_model(model_name_or_path),
@@ -193,7 +208,13 @@ def _gguf(gguf_file: str | None) -> dict[str, str]:
 
 
 def _unloadable(what: str, name: str, error: Exception) -> AgclError:
-    reason = " ".join(str(error).split())[:300]
-    return AgclError(
-        f"No {what} could be loaded from `{name}`: give a hub name, a local folder or builtin:NAME ({reason})"
-    )
+    reason = " ".join(str(error).split())
+    if "trust_remote_code" in reason:
+        return AgclError(
+            f"`{name}` comes with code of its own, which is run only if you trust it: read it, then say "
+            "`--model.trust_remote_code true`, or choose a model that transformers knows."
+        )
+    remedy = "give a hub name, a local folder or builtin:NAME"
+    if what == "tokenizer" and Path(name).is_dir():
+        remedy = "put the model's tokenizer beside it, as `save_pretrained` writes it"
+    return AgclError(f"No {what} could be loaded from `{name}`: {remedy} ({reason[:300]})")

@@ -114,6 +114,7 @@ class ContinualLM(LightningModule):
             gguf_file=self.gguf_file,
             attn_implementation=self.attn_implementation,
             trust_remote_code=self.trust_remote_code,
+            is_trained_whole=self.adapter is None,
         )
         if self.gradient_checkpointing:
             model.gradient_checkpointing_enable()
@@ -131,8 +132,16 @@ class ContinualLM(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Optimizer and scheduler, stepped together; their fresh states are kept for the tasks to come."""
-        optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
-        scheduler = self.lr_scheduler(optimizer)
+        trainable = [p for p in self.parameters() if p.requires_grad]
+        if not trainable:
+            raise AgclError(
+                "All parameters are frozen, so nothing can be learned: leave `adapter` out, or `inference_mode` of it."
+            )
+        try:
+            optimizer = self.optimizer(trainable)
+            scheduler = self.lr_scheduler(optimizer)
+        except (TypeError, ValueError) as error:
+            raise AgclError(f"`optimizer` or `lr_scheduler` cannot be used: {error}. Mend its `init_args`.") from error
         self._fresh_states = (deepcopy(optimizer.state_dict()), deepcopy(scheduler.state_dict()))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -197,6 +206,13 @@ class ContinualLM(LightningModule):
             ]
             scheduler.start(sum(steps))
 
+    def _diverged(self, task: str, what: str) -> AgclError:
+        return AgclError(
+            f"Task `{task}`: {what} at step {self.trainer.global_step} (epoch {self.trainer.current_epoch}), so "
+            "nothing more is learned or saved. Lower the learning rate, set `trainer.gradient_clip_val`, or take more "
+            "precision (bf16-mixed, 32-true), then go on from an earlier checkpoint."
+        )
+
     @property
     def task_index(self) -> int:
         """0-based index of the task being learned; under ``joint``, of the first one."""
@@ -211,6 +227,8 @@ class ContinualLM(LightningModule):
         logits, targets = answer_logits(self.model, batch)
         loss = token_nll(logits, targets).sum() / (targets != IGNORED_LABEL).sum()
         task = self.tasks.name_at(self.trainer.current_epoch)
+        if not loss.isfinite():  # before the weights, and with them the next checkpoint, are spoiled
+            raise self._diverged(task, f"the loss is {loss.item()}")
         optimizer = self.optimizers(use_pl_optimizer=False)
         self.log("loss", loss.detach(), prog_bar=True, logger=False)
         self.log(f"train/{task}/loss", loss.detach())
@@ -242,6 +260,8 @@ class ContinualLM(LightningModule):
         for (index, probe), scorer in zip(self._data.evaluations, self._scorers, strict=True):
             task = self.tasks[index]
             for kind, value in scorer.compute().items():
+                if not value.isfinite():
+                    raise self._diverged(task.name, f"its {kind} is {value.item()}")
                 name = task.metric if kind == SCORE else kind
                 values["/".join(("eval", task.name, *([probe] if probe else []), name))] = value
                 if self.trainer.state.fn == TrainerFn.FITTING:

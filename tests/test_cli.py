@@ -94,56 +94,6 @@ def test_data_options_from_the_command_line(llama_folder, task_files, tmp_path, 
     assert results["tasks"] == ["task1", "task2", "task0"]
 
 
-BAD = [
-    ({"data__tasks__0__source": "/nowhere.jsonl"}, "Task `task0`: the file /nowhere.jsonl does not exist"),
-    ({"data__data_dir": "/nowhere"}, "`data_dir` is /nowhere, which is not a folder"),
-    ({"data__data_dir": "/", "data__tasks__0__source": "no.jsonl"}, "Task `task0`: the file /no.jsonl does not exist"),
-    ({"data__tasks__0__prompt": "{question}"}, "Task `task0`: there is no column `question`"),
-    ({"data__tasks__1__test_split": "train[9:]"}, "Task `task1`: split `train[9:]` of"),
-    ({"data__tasks__1__name": "task0"}, "Two tasks are named `task0`"),
-    ({"data__tasks__1__metric": "label_ranking", "data__tasks__1__labels": ["a"]}, "which is not among `labels` (a)"),
-    ({"data__max_length": 5}, "more than the 5 allowed"),
-    ({"data__max_length": 5000}, "`max_length` is 5000, but the model's context has 64 tokens"),
-    ({"data__order": ["task0", "task1"]}, "`order` leaves out task2"),
-    ({"data__replay": {"share": -1.0}}, "`replay.share` is -1.0"),
-    ({"data__evaluate_on": "validation"}, "Task `task0` declares no `validation_split`"),
-    ({"data__regime": "joint"}, "`regime: joint` has neither. Leave it out"),
-    ({"model__model_name_or_path": "/nowhere"}, "could be loaded from `/nowhere`"),
-    ({"model__model_name_or_path": "builtin:nothing"}, "There is no built-in model `nothing`"),
-    ({"trainer__callbacks__0__init_args__strength": -1.0}, "strength"),
-    ({"ckpt_path": "/nowhere.ckpt"}, "The checkpoint /nowhere.ckpt does not exist"),
-    ({"ckpt_path": __file__}, "is not a checkpoint, or not a whole one"),
-    (
-        {"model__adapter": {"peft_type": "NOTHING"}},
-        "`adapter` {'peft_type': 'NOTHING'} is no usable PEFT configuration",
-    ),
-]
-
-
-@pytest.mark.parametrize(("overrides", "message"), BAD, ids=[str(i) for i in range(len(BAD))])
-def test_bad_input_is_one_line_and_nothing_is_written(
-    llama_folder, task_files, tmp_path, overrides, message, capsys, monkeypatch
-):
-    path = write_config(llama_folder, task_files, tmp_path, **overrides)
-    monkeypatch.setattr(sys, "argv", ["agcl"])
-    with pytest.raises(SystemExit) as exit_info:
-        main(["fit", "--config", str(path)])
-    text = str(exit_info.value.code) if not isinstance(exit_info.value.code, int) else capsys.readouterr().err
-    assert message in text
-    assert not list(tmp_path.glob("run/*/scores.json"))
-    assert not list(tmp_path.glob("run/*/importance"))
-
-
-def test_checkpoint_of_another_model_is_refused(llama_folder, gpt2_folder, task_files, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["agcl"])
-    path = write_config(llama_folder, task_files, tmp_path, trainer__enable_checkpointing=True, trainer__callbacks=[])
-    main(["fit", "--config", str(path), "--trainer.enable_progress_bar", "false"])
-    checkpoint = next(tmp_path.rglob("*.ckpt"))
-    path = write_config(gpt2_folder, task_files, tmp_path)
-    with pytest.raises(SystemExit, match="agcl: error: The checkpoint is of another model: `model"):
-        main(["fit", "--config", str(path), "--ckpt_path", str(checkpoint)])
-
-
 def test_unsupported_architecture_is_refused_before_training(task_files, tmp_path, monkeypatch):
     from conftest import character_tokenizer
     from transformers import BloomConfig, BloomForCausalLM

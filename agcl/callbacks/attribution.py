@@ -1,5 +1,6 @@
 """Importance of every weight at each task boundary, and the gate that protects it while the next task is learned."""
 
+import math
 import time
 from collections.abc import Iterator
 from typing import Any, Literal, get_args
@@ -89,8 +90,8 @@ class AttributionCallback(Callback):
         control: Literal["none", "shuffled", "flattened"] = "none",
         seed: int | None = None,
     ) -> None:
-        if strength < 0:
-            raise AgclError(f"`strength` is {strength}; choose 0 (no gate) or more.")
+        if not 0 <= strength < math.inf:
+            raise AgclError(f"`strength` is {strength}; choose a finite number, 0 (no gate) or more.")
         for option, value, allowed in (("source", source, Source), ("importance_on", importance_on, Place)):
             if value not in get_args(allowed):
                 raise AgclError(f"`{option}` is {value!r}; choose one of {', '.join(map(repr, get_args(allowed)))}.")

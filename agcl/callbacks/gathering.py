@@ -51,6 +51,11 @@ class Gatherer:
     def __post_init__(self) -> None:
         if self.num_samples < 1:
             raise AgclError(f"`num_samples` is {self.num_samples}; importance needs at least one row.")
+        if self.config.top_k is not None and self.config.top_k > self.num_samples:
+            raise AgclError(
+                f"`importance.top_k` is {self.config.top_k}, but there are only {self.num_samples} samples "
+                "(`num_samples`): lower the one or raise the other."
+            )
         if self.batch_size is not None and self.batch_size < 1:
             raise AgclError(f"`batch_size` is {self.batch_size}; choose 1 or more, or leave it out.")
         if self.bits not in DTYPES:

@@ -62,13 +62,14 @@ class ImportanceSoFar:
         """On resuming: have the earlier tasks' files in this run's folder, and the merge where it belongs.
 
         Raises:
-            AgclError: If a file that is needed is gone.
+            AgclError: If a file that is needed is gone, or one is no importance file.
         """
         self._merged.to(self._home(trainer))
         folder = _folder(trainer)
         for path in self.files.values():
             copy = folder / Path(path).name
             if not copy.exists() and trainer.is_global_zero and Path(path).exists():
+                open_importance(path)  # a checkpoint may name any file; only importance is copied
                 folder.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(path, copy)
         trainer.strategy.barrier()

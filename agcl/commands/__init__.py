@@ -33,7 +33,7 @@ A function's signature is its command line: a positional parameter is an argumen
 keyword-only parameter an option, a required one if it has no default; ``bool`` makes a flag. Help is its docstring.
 """
 
-_Parser = partial(ArgumentParser, formatter_class=HelpFormatter)
+_Parser = partial(ArgumentParser, formatter_class=HelpFormatter, exit_on_error=False)
 
 
 def run(args: Sequence[str]) -> int:
@@ -43,7 +43,8 @@ def run(args: Sequence[str]) -> int:
         Exit status: what the command returned, or 0.
 
     Raises:
-        AgclError: What the command refuses. Wrong arguments end the program with status 2, as in any argparse program.
+        AgclError: What the command refuses.
+        ArgumentError: If the arguments are wrong.
     """
     parser = _Parser(prog="agcl")
     _add_commands(parser, "agcl", COMMANDS)

@@ -116,6 +116,10 @@ class ContinualDataModule(LightningDataModule):
         self._check_options()
 
     def _check_options(self) -> None:
+        for name, least in (("batch_size", 1), ("eval_batch_size", 1), ("max_length", 2), ("num_workers", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise AgclError(f"`{name}` is {value}; give at least {least}.")
         for task in self.tasks:
             next(task.evaluations(self.evaluate_on))  # raises where there is no such split
         if self.replay is None:
@@ -148,7 +152,11 @@ class ContinualDataModule(LightningDataModule):
         self.tokenizer = load_tokenizer(
             self.model_name_or_path, gguf_file=self.gguf_file, trust_remote_code=self.trust_remote_code
         )
-        self.encoder = AnswerEncoder(self.tokenizer, self._length_limit(), self.truncation)
+        config = load_config(
+            self.model_name_or_path, gguf_file=self.gguf_file, trust_remote_code=self.trust_remote_code
+        ).get_text_config()
+        vocab_size = getattr(config, "vocab_size", None)
+        self.encoder = AnswerEncoder(self.tokenizer, self._length_limit(config), self.truncation, vocab_size)
         train_rows, evaluations = [], []
         for index, task in enumerate(self.tasks):
             train_rows.append(self.encoder.encode_rows(task, task.train_split, task.prompt))
@@ -157,12 +165,8 @@ class ContinualDataModule(LightningDataModule):
                 evaluations.append((index, name, rows))
         self._train_rows, self._evaluations = train_rows, evaluations
 
-    def _length_limit(self) -> int:
-        context = getattr(
-            load_config(self.model_name_or_path, gguf_file=self.gguf_file, trust_remote_code=self.trust_remote_code),
-            "max_position_embeddings",
-            None,
-        )
+    def _length_limit(self, config: Any) -> int:
+        context = getattr(config, "max_position_embeddings", None)
         if self.max_length is not None and context is not None and self.max_length > context:
             raise AgclError(f"`max_length` is {self.max_length}, but the model's context has {context} tokens.")
         return self.max_length or context or int(self.tokenizer.model_max_length)

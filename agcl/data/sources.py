@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -66,8 +67,11 @@ def load_rows(task: Task, split: str, columns: Sequence[str]) -> Dataset:
             reason = " ".join(str(error.__cause__ or error).split())[:300]
             if "corresponds to no data" in reason:
                 reason = "it is empty"
+            elif re.search(r"utf-?8|codec|encoding", reason, re.IGNORECASE):
+                reason = f"it is not in UTF-8, so convert it ({reason})"
             raise AgclError(
-                f"Task `{task.name}`: split `{split}` of {task.source} cannot be loaded: {reason}"
+                f"Task `{task.name}`: split `{split}` of {task.source} cannot be loaded: {reason}. Mend `source`, "
+                "or the split's name."
             ) from error
     for column in columns:
         if column not in rows.column_names:
@@ -75,6 +79,8 @@ def load_rows(task: Task, split: str, columns: Sequence[str]) -> Dataset:
                 f"Task `{task.name}`: there is no column `{column}` in {task.source}; "
                 f"its columns are {', '.join(rows.column_names)}."
             )
+        if f"{column}.1" in rows.column_names:  # as the reader of tables renames a second one
+            raise AgclError(f"Task `{task.name}`: {task.source} has two columns `{column}`; rename or remove one.")
     if task.drop_empty:
         texts = [rows[column][:] for column in columns]
         rows = rows.select([i for i, row in enumerate(zip(*texts, strict=True)) if not any(map(is_empty, row))])
@@ -84,8 +90,8 @@ def load_rows(task: Task, split: str, columns: Sequence[str]) -> Dataset:
 
 
 def is_empty(value: Any) -> bool:
-    """Whether a row's value is missing, or white space alone."""
-    return value is None or not str(value).strip()
+    """Whether a row's value is missing (NaN included, as tables write it), or white space alone."""
+    return value is None or value != value or not str(value).strip()
 
 
 def _load_where(task: Task, split: str) -> Dataset:
@@ -137,6 +143,8 @@ def _load_arguments(task: Task) -> dict[str, Any]:
             raise AgclError(
                 f"Task `{task.name}`: the file {file} does not exist. Relative files are looked for in `data_dir`."
             )
+        if not Path(file).expanduser().stat().st_size:
+            raise AgclError(f"Task `{task.name}`: the file {file} is empty; write rows into it, or leave the task out.")
     arguments: dict[str, Any] = {"path": _BUILDERS[suffix]}
     arguments["data_files"] = {name: str(Path(file).expanduser()) for name, file in files.items()}
     if suffix == ".tsv":
@@ -146,11 +154,16 @@ def _load_arguments(task: Task) -> dict[str, Any]:
 
 @contextmanager
 def quiet_datasets() -> Iterator[None]:
-    """Hide the library's progress bars, which would cut into the run's own display; put them back afterwards."""
-    were_disabled = datasets.are_progress_bars_disabled()
+    """Hide the library's progress bars, which would cut into the run's own display, and what it says before it raises.
+
+    Both are put back afterwards.
+    """
+    were_disabled, verbosity = datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
         yield
     finally:
+        datasets.logging.set_verbosity(verbosity)
         if not were_disabled:
             datasets.enable_progress_bars()

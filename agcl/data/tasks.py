@@ -10,6 +10,7 @@ import torch
 from datasets import ClassLabel, Dataset
 from transformers import PreTrainedTokenizerBase
 
+from agcl.data.repeats import Repeats
 from agcl.data.sources import is_empty, load_rows, quiet_datasets
 from agcl.errors import AgclError
 
@@ -104,6 +105,10 @@ class Task:
         prompts = [self.prompt, *(probe.prompt for probe in self.probes.values() if probe.prompt is not None)]
         for option, template in [("answer", self.answer), *(("prompt", prompt) for prompt in prompts)]:
             self._check_template(option, template)
+        if self.labels is not None and len(set(self.labels)) < len(self.labels):
+            raise AgclError(
+                f"Task `{self.name}`: `labels` names a label twice: {', '.join(self.labels)}; leave one out."
+            )
         if self.labels is not None and len(template_columns(self.answer)) != 1:
             raise AgclError(f"Task `{self.name}`: with `labels`, `answer` must hold exactly one {{column}}.")
         self._check_substitutions()
@@ -177,14 +182,22 @@ class AnswerEncoder:
         tokenizer: Adds its beginning-of-sequence token to the prompt where it has that habit.
         max_length: Longest allowed row in tokens.
         truncation: What happens to a longer one: ``error``, or ``left``: the prompt loses its beginning.
+        vocab_size: Number of tokens that the model knows, if it may be fewer than the tokenizer has.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, max_length: int, truncation: Literal["error", "left"] = "error"
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        truncation: Literal["error", "left"] = "error",
+        vocab_size: int | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.truncation = truncation
+        self.vocab_size = vocab_size
+        # No token stands for more characters than its own spelling has.
+        self._max_characters = max_length * max(map(len, tokenizer.get_vocab()), default=1)
 
     def encode_answer(self, text: str) -> list[int]:
         """Token ids of an answer, closed by the end-of-sequence token."""
@@ -203,13 +216,25 @@ class AnswerEncoder:
         """
         rows = load_rows(task, split, [*template_columns(prompt), *template_columns(task.answer)])
         names = {column: f for column, f in rows.features.items() if isinstance(f, ClassLabel)}
+        repeats = Repeats()
 
         def encode(row: dict[str, Any], index: int) -> dict[str, Any]:
             values = {c: names[c].int2str(v) if c in names and v is not None else v for c, v in row.items()}
-            return self._encode_row(task, values, prompt, f"row {index} of `{split}`")
+            encoded = self._encode_row(task, values, prompt, f"row {index} of `{split}`")
+            repeats.add(prompt.format(**values), encoded["answer"])
+            return encoded
 
         with quiet_datasets():
-            return rows.map(encode, with_indices=True, remove_columns=rows.column_names, load_from_cache_file=False)
+            try:
+                encoded = rows.map(
+                    encode, with_indices=True, remove_columns=rows.column_names, load_from_cache_file=False
+                )
+            except UnicodeDecodeError as error:  # which the reader of JSON leaves to whoever looks at a text
+                raise AgclError(
+                    f"Task `{task.name}`: {task.source} is not in UTF-8, so convert it ({error})."
+                ) from error
+        repeats.warn(task.name, split)
+        return encoded
 
     def _encode_row(self, task: Task, row: Mapping[str, Any], prompt: str, where: str) -> dict[str, Any]:
         for column in (*template_columns(prompt), *template_columns(task.answer)):
@@ -227,23 +252,47 @@ class AnswerEncoder:
                     f"({', '.join(task.labels)})."
                 )
             label = task.labels.index(value)
-        prompt_ids = self.tokenizer(prompt.format(**row))["input_ids"]
-        answer_ids = self.encode_answer(answer)[: task.max_answer_tokens]
-        excess = len(prompt_ids) + len(answer_ids) - self.max_length
-        if excess > 0:
-            if self.truncation == "error" or excess >= len(prompt_ids):
-                raise AgclError(
-                    f"Task `{task.name}`: {where} has {len(prompt_ids)} + {len(answer_ids)} tokens (prompt + answer), "
-                    f"more than the {self.max_length} allowed. Shorten it, raise `max_length` if the model's context "
-                    "allows, or set `truncation: left`."
-                )
-            prompt_ids = prompt_ids[excess:]
+        prompt_ids, answer_ids = self._tokens(task, prompt.format(**row), answer, where)
         return {
             "input_ids": prompt_ids + answer_ids,
             "labels": [IGNORED_LABEL] * len(prompt_ids) + answer_ids,
             "answer": answer.strip(),
             "label": label,
         }
+
+    def _tokens(self, task: Task, text: str, answer: str, where: str) -> tuple[list[int], list[int]]:
+        """Token ids of prompt and answer, within ``max_length`` and known to the model."""
+        if self.truncation == "error" and len(text) > self._max_characters:  # whose tokens would take minutes to count
+            size = f"a prompt of {len(text)} characters, more than {self.max_length} tokens hold"
+            raise _too_long(task, where, size)
+        prompt_ids = self.tokenizer(text)["input_ids"]
+        answer_ids = self.encode_answer(answer)[: task.max_answer_tokens]
+        if len(answer_ids) >= self.max_length:
+            raise AgclError(
+                f"Task `{task.name}`: {where} has an answer of {len(answer_ids)} tokens, which with a prompt is more "
+                f"than the {self.max_length} allowed. Shorten it, set `max_answer_tokens`, or choose a model with a "
+                "longer context."
+            )
+        excess = len(prompt_ids) + len(answer_ids) - self.max_length
+        if excess > 0:
+            if self.truncation == "error" or excess >= len(prompt_ids):
+                size = f"{len(prompt_ids)} + {len(answer_ids)} tokens (prompt + answer)"
+                raise _too_long(task, where, f"{size}, more than the {self.max_length} allowed")
+            prompt_ids = prompt_ids[excess:]
+        largest = max([*prompt_ids, *answer_ids])
+        if self.vocab_size is not None and largest >= self.vocab_size:
+            raise AgclError(
+                f"Task `{task.name}`: {where} has the token {largest}, but the model knows only {self.vocab_size}: it "
+                "and the tokenizer do not belong together, so put the model's own beside it."
+            )
+        return prompt_ids, answer_ids
+
+
+def _too_long(task: Task, where: str, size: str) -> AgclError:
+    return AgclError(
+        f"Task `{task.name}`: {where} has {size}. Shorten it, raise `max_length` if the model's context allows, or set "
+        "`truncation: left`."
+    )
 
 
 def collate(rows: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[str, Any]:
