@@ -1,20 +1,29 @@
 """``agcl fit --config ...``: LightningCLI with the continual loop's settings filled in."""
 
-import zipfile
+import errno
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from timeit import Timer
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from jsonargparse import Namespace
+from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
 
-from agcl.callbacks import ContinualMonitor, ContinualReport, TaskProgressBar
+from agcl.callbacks import ContinualMonitor, ContinualReport, StopOnSignal, TaskProgressBar
+from agcl.callbacks.stopping import stop_path
+from agcl.checkpoints import AtomicCheckpointIO, last_whole, look_into
 from agcl.data.datamodule import ContinualDataModule
 from agcl.data.sequence import Regime
 from agcl.errors import AgclError
 from agcl.module import ContinualLM
+from agcl.resuming import RECORD, RunRecord, configuration, resume_auto
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class AgclCLI(LightningCLI):
@@ -30,34 +39,84 @@ class AgclCLI(LightningCLI):
             parser.link_arguments(f"model.{name}", f"data.{name}")
         parser.link_arguments(("data.tasks", "data.regime"), "trainer.max_epochs", compute_fn=_total_epochs)
         parser.set_defaults({"trainer.reload_dataloaders_every_n_epochs": 1, "trainer.num_sanity_val_steps": -1})
+        parser.add_argument(
+            "--resume",
+            type=Literal["auto"] | None,  # type: ignore[arg-type]
+            default=None,
+            help="auto: go on from the newest good checkpoint of this configuration's runs, or start if there is none",
+        )
 
     def before_instantiate_classes(self) -> None:
-        """Check the checkpoint's file; choose precision and progress bar where none is given."""
-        config = self.config[self.subcommand] if self.subcommand else self.config
-        _check_checkpoint_file(config.get("ckpt_path"))
+        """Find or check the checkpoint; choose precision and progress bar where none is given."""
+        config = self.config[self.subcommand]
+        record = self._find_checkpoint(config)
         trainer = config.trainer
         configured = [callback.class_path for callback in trainer.callbacks or []]
         if trainer.enable_progress_bar is False or any(path.endswith("ProgressBar") for path in configured):
             defaults = self.trainer_defaults["callbacks"]
             self.trainer_defaults["callbacks"] = [c for c in defaults if not isinstance(c, TaskProgressBar)]
-        if trainer.precision is None:
+        if trainer.precision is None and record.get("precision"):
+            trainer.precision = record["precision"]  # timing might choose another one this time
+        elif trainer.precision is None:
             trainer.precision = choose_precision(trainer.accelerator)
             rank_zero_info(
                 f"Precision: {trainer.precision}, the faster one on this machine (set trainer.precision to change it)."
             )
 
+        self.save_config_kwargs["record"] |= {"precision": str(trainer.precision)}
+
+    def _find_checkpoint(self, config: Namespace) -> dict[str, Any]:
+        """What the checkpoint to resume from says of its run; empty if there is none.
+
+        Raises:
+            AgclError: Before anything is loaded, if it is not there, not whole or not agcl's.
+        """
+        wanted = configuration(self.parser, self.config)
+        self.save_config_kwargs |= {"record": {"configuration": json.dumps(wanted)}}
+        if config.resume is not None:
+            if self.subcommand != "fit" or config.ckpt_path is not None:
+                raise AgclError("`--resume auto` looks for a checkpoint to fit on from: leave out `--ckpt_path`.")
+            self.save_config_kwargs["overwrite"] = resume_auto(config, wanted)
+        path = config.get("ckpt_path")
+        if path is None or path in ("last", "best", "hpc") or "://" in path:
+            return {}
+        return look_into(Path(path), config.get("weights_only") is not False).get(RECORD) or {}
+
     def _parse_ckpt_path(self) -> None:
         """Leave the configuration as given: a checkpoint of another model is to be refused, not trained silently."""
 
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The Trainer, with checkpoint files that a crash leaves whole unless the user has others."""
+        plugins = self.config_init[self.subcommand].trainer.plugins or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            plugins = [*plugins, AtomicCheckpointIO()]
+        return super().instantiate_trainer(**{"plugins": plugins, **kwargs})
 
-def _check_checkpoint_file(path: str | None) -> None:
-    """Refuse, before anything is loaded, a checkpoint that is not there or not whole."""
-    if path is None or path in ("last", "best", "hpc"):
-        return
-    if not Path(path).exists():
-        raise AgclError(f"The checkpoint {path} does not exist.")
-    if Path(path).is_file() and not zipfile.is_zipfile(path):
-        raise AgclError(f"{path} is not a checkpoint, or not a whole one: take an earlier one.")
+    def fit(self, model: ContinualLM, **kwargs: Any) -> None:
+        """Train.
+
+        Raises:
+            AgclError: If the disk is full.
+            SystemExit: With status 128 + signal, if a signal stopped it.
+        """
+        try:
+            self.trainer.fit(model, **kwargs)
+        except SystemExit:  # of Lightning's own, with other statuses
+            for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, StopOnSignal) and callback.exit_status:
+                    raise SystemExit(callback.exit_status) from None
+            raise
+        except OSError as error:
+            if error.errno not in _DISK_FULL:
+                raise
+            raise AgclError(_disk_full(self.trainer, error)) from error
+
+
+def _disk_full(trainer: Trainer, error: OSError) -> str:
+    last = last_whole([stop_path(trainer).parent])
+    found = "There is no checkpoint yet" if last is None else f"The last good checkpoint is {last}"
+    return f"{error.strerror}: {error.filename}. {found}. Make room, then go on with `--resume auto`."
 
 
 def _total_epochs(tasks: Sequence[Any], regime: Regime) -> int:
@@ -93,6 +152,7 @@ def run(args: Sequence[str] | None, epilog: str) -> None:
         ContinualDataModule,
         args=None if args is None else list(args),
         seed_everything_default=0,
-        trainer_defaults={"callbacks": [TaskProgressBar(), ContinualReport(), ContinualMonitor()]},
+        trainer_defaults={"callbacks": [TaskProgressBar(), ContinualReport(), ContinualMonitor(), StopOnSignal()]},
+        save_config_callback=RunRecord,
         parser_kwargs={"prog": "agcl", "epilog": epilog, "fit": {"prog": "agcl fit"}},
     )
