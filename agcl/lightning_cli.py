@@ -41,7 +41,7 @@ class AgclCLI(LightningCLI):
         parser.set_defaults({"trainer.reload_dataloaders_every_n_epochs": 1, "trainer.num_sanity_val_steps": -1})
         parser.add_argument(
             "--resume",
-            type=Literal["auto"] | None,  # type: ignore[arg-type]
+            type=Literal["auto"] | None,
             default=None,
             help="auto: go on from the newest good checkpoint of this configuration's runs, or start if there is none",
         )
@@ -116,7 +116,8 @@ class AgclCLI(LightningCLI):
 def _disk_full(trainer: Trainer, error: OSError) -> str:
     last = last_whole([stop_path(trainer).parent])
     found = "There is no checkpoint yet" if last is None else f"The last good checkpoint is {last}"
-    return f"{error.strerror}: {error.filename}. {found}. Make room, then go on with `--resume auto`."
+    where = "" if error.filename is None else f": {error.filename}"
+    return f"{error.strerror}{where}. {found}. Make room, then go on with `--resume auto`."
 
 
 def _total_epochs(tasks: Sequence[Any], regime: Regime) -> int:

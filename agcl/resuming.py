@@ -80,7 +80,7 @@ def resume_auto(config: Namespace, wanted: Config) -> bool:
     others = 0
     for path in candidates:
         try:
-            record = look_into(path, config.get("weights_only") is not False).get(RECORD)
+            record = look_into(path, config.get("weights_only") is not False).get(RECORD) or {}
         except AgclError as error:
             rank_zero_warn(f"--resume auto passes over a checkpoint: {error}")
             continue
@@ -97,9 +97,9 @@ def resume_auto(config: Namespace, wanted: Config) -> bool:
     return others == 0
 
 
-def _problem(record: Config | None, wanted: Config) -> str | None:
+def _problem(record: Config, wanted: Config) -> str | None:
     """Why a checkpoint is not of the wanted configuration; None if it is."""
-    if record is None:
+    if not record:
         return "it does not say of which configuration it is"
     found, expected = (dict(_flat(content)) for content in (json.loads(record["configuration"]), wanted))
     differing = sorted(key for key in found.keys() | expected.keys() if found.get(key) != expected.get(key))
@@ -132,8 +132,9 @@ def _run_folders(trainer: Namespace) -> tuple[Path, list[Path]]:
     if logger is False:
         return Path(default_root), [Path(default_root)]
     options = logger.get("init_args") or {} if isinstance(logger, Namespace) else {}
-    name = next((options.get(key) for key in ("name", "project") if options.get(key) is not None), "lightning_logs")
-    root = Path(os.path.expanduser(os.path.expandvars(options.get("save_dir") or default_root))) / name
+    names = [options[key] for key in ("name", "project") if options.get(key) is not None]
+    root = Path(os.path.expanduser(os.path.expandvars(options.get("save_dir") or default_root)))
+    root /= names[0] if names else "lightning_logs"
     version = options.get("version")
     if version is not None:
         return root, [root / (version if isinstance(version, str) else f"version_{version}")]
