@@ -48,19 +48,20 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             AgclError: If it is there, but damaged or something else.
         """
         try:
-            return super().load_checkpoint(path, *args, **kwargs)
+            content = super().load_checkpoint(path, *args, **kwargs)
         except FileNotFoundError:
             raise
         except Exception as error:  # torch raises many types for what is not right
             raise _unusable(path, error) from error
+        _check_ours(path, content)
+        return content
 
 
-def look_into(path: Path, weights_only: bool = True) -> dict[str, Any]:
-    """Check a checkpoint, and give what it says beside its tensors, of which only shapes are read.
+def look_into(path: Path) -> dict[str, Any]:
+    """Check a checkpoint, and give what it says beside its tensors, of which only shapes are read. It runs no code.
 
     Args:
         path: A file, or a folder of shards.
-        weights_only: As in ``torch.load``: run no code that the file may hold.
 
     Returns:
         The checkpoint, tensors on the meta device.
@@ -74,11 +75,10 @@ def look_into(path: Path, weights_only: bool = True) -> dict[str, Any]:
     if not is_whole_zip(file):
         raise AgclError(f"{path} is not a checkpoint, or not a whole one: take an earlier one.")
     try:
-        content = torch.load(file, map_location="meta", mmap=True, weights_only=weights_only)
+        content = torch.load(file, map_location="meta", mmap=True, weights_only=True)
     except Exception as error:  # torch raises many types for what is not right
         raise _unusable(path, error) from error
-    if not isinstance(content, dict) or "agcl" not in content:
-        raise AgclError(f"{path} was not written by agcl: it holds no score matrix. Take a checkpoint of this run.")
+    _check_ours(path, content)
     return content
 
 
@@ -91,6 +91,11 @@ def newest(folders: list[Path]) -> list[Path]:
 def last_whole(folders: list[Path]) -> Path | None:
     """The last written of the checkpoints in these folders that is whole."""
     return next((path for path in newest(folders) if path.is_dir() or is_whole_zip(path)), None)
+
+
+def _check_ours(path: str | Path, content: Any) -> None:
+    if not isinstance(content, dict) or "agcl" not in content:
+        raise AgclError(f"{path} was not written by agcl: it holds no score matrix. Take a checkpoint of this run.")
 
 
 def _unusable(path: str | Path, error: Exception) -> AgclError:

@@ -1,5 +1,6 @@
 """Command line: the commands of `agcl.commands`, and for everything else LightningCLI (`agcl.lightning_cli`)."""
 
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -18,6 +19,8 @@ def main(args: Sequence[str] | None = None) -> None:
 
             lightning_cli.run(args, epilog=commands.help_text())
             status = 0
+    except KeyboardInterrupt:  # Ctrl-C before training, where there is nothing to save
+        sys.exit(128 + signal.SIGINT)
     except (ValueError, OSError) as error:
         # What the operating system says (no space left, permission denied) names its file already.
         user_error = error if isinstance(error, OSError) else _user_error(error)

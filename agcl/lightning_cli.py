@@ -62,7 +62,6 @@ class AgclCLI(LightningCLI):
             rank_zero_info(
                 f"Precision: {trainer.precision}, the faster one on this machine (set trainer.precision to change it)."
             )
-
         self.save_config_kwargs["record"] |= {"precision": str(trainer.precision)}
 
     def _find_checkpoint(self, config: Namespace) -> dict[str, Any]:
@@ -76,11 +75,12 @@ class AgclCLI(LightningCLI):
         if config.resume is not None:
             if self.subcommand != "fit" or config.ckpt_path is not None:
                 raise AgclError("`--resume auto` looks for a checkpoint to fit on from: leave out `--ckpt_path`.")
-            self.save_config_kwargs["overwrite"] = resume_auto(config, wanted)
+            record, self.save_config_kwargs["overwrite"] = resume_auto(config, wanted)
+            return record
         path = config.get("ckpt_path")
         if path is None or path in ("last", "best", "hpc") or "://" in path:
             return {}
-        return look_into(Path(path), config.get("weights_only") is not False).get(RECORD) or {}
+        return look_into(Path(path)).get(RECORD) or {}
 
     def _parse_ckpt_path(self) -> None:
         """Leave the configuration as given: a checkpoint of another model is to be refused, not trained silently."""

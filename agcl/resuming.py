@@ -61,7 +61,7 @@ def configuration(parser: ArgumentParser, config: Namespace) -> Config:
     return {**content, "trainer": trainer}
 
 
-def resume_auto(config: Namespace, wanted: Config) -> bool:
+def resume_auto(config: Namespace, wanted: Config) -> tuple[Config, bool]:
     """Fill in ``ckpt_path`` and, for TensorBoard's logger, the folder of the run to go on with.
 
     Broken checkpoints, and those of other configurations, are passed over with a warning. If none is left, the run
@@ -72,7 +72,8 @@ def resume_auto(config: Namespace, wanted: Config) -> bool:
         wanted: As :func:`configuration` gives it.
 
     Returns:
-        Whether ``config.yaml`` may be written where there is one: all of it that was found is of this configuration.
+        The checkpoint's record, empty if there is none to go on from; and whether ``config.yaml`` may be written over,
+        since no checkpoint of another configuration was found.
     """
     root, folders = _run_folders(config.trainer)
     dirpaths = [Path(path) for path in _dirpaths(config.trainer)]
@@ -80,7 +81,7 @@ def resume_auto(config: Namespace, wanted: Config) -> bool:
     others = 0
     for path in candidates:
         try:
-            record = look_into(path, config.get("weights_only") is not False).get(RECORD) or {}
+            record = look_into(path).get(RECORD) or {}
         except AgclError as error:
             rank_zero_warn(f"--resume auto passes over a checkpoint: {error}")
             continue
@@ -91,10 +92,10 @@ def resume_auto(config: Namespace, wanted: Config) -> bool:
         rank_zero_info(f"Resuming from {path}.")
         config.ckpt_path = str(path)
         _stay_in_folder(config.trainer, root, Path(record["folder"]))
-        return True
+        return record, True
     where = ", ".join(dict.fromkeys(map(str, (root, *dirpaths))))
     rank_zero_info(f"--resume auto: no checkpoint to go on from in {where}; starting afresh.")
-    return others == 0
+    return {}, others == 0
 
 
 def _problem(record: Config, wanted: Config) -> str | None:

@@ -134,8 +134,9 @@ def test_broken_and_foreign_checkpoints_are_refused_by_name(tmp_path):
                 AtomicCheckpointIO().load_checkpoint(path)
     foreign = tmp_path / "foreign.ckpt"
     torch.save({"state_dict": {}}, foreign)
-    with pytest.raises(AgclError, match=rf"{foreign} was not written by agcl"):
-        look_into(foreign)
+    for read in (look_into, AtomicCheckpointIO().load_checkpoint):
+        with pytest.raises(AgclError, match=rf"{foreign} was not written by agcl"):
+            read(foreign)
     with zipfile.ZipFile(foreign, "w") as archive:
         archive.writestr("x", "y")
     with pytest.raises(AgclError, match=rf"The checkpoint {foreign} cannot be read"):
@@ -170,7 +171,7 @@ def fit_config(save_dir, logger=True, **options):
         Namespace(class_path="lightning.pytorch.loggers.TensorBoardLogger", init_args=init_args) if logger else None
     )
     trainer = {"default_root_dir": str(save_dir), "logger": logger, "callbacks": None, **options}
-    return Namespace(ckpt_path=None, weights_only=None, trainer=Namespace(**trainer))
+    return Namespace(ckpt_path=None, trainer=Namespace(**trainer))
 
 
 def save_at(path, time, wanted=WANTED, folder=None):
@@ -199,7 +200,9 @@ def test_the_newest_good_checkpoint_is_taken_and_its_folder_gone_on_in(tmp_path,
     broken.write_bytes(good.read_bytes()[:-100])
     os.utime(broken, (4, 4))
     config = fit_config(tmp_path)
-    assert resume_auto(config, WANTED)
+    record, may_overwrite = resume_auto(config, WANTED)
+    assert record["precision"] == "32-true"
+    assert may_overwrite
     assert config.ckpt_path == str(good)
     assert config.trainer.logger.init_args.version == "version_0"
     assert str(broken) in said[0]
@@ -211,12 +214,12 @@ def test_the_newest_good_checkpoint_is_taken_and_its_folder_gone_on_in(tmp_path,
 
 def test_without_a_good_checkpoint_the_run_starts_afresh_and_says_so(tmp_path, said):
     config = fit_config(tmp_path)
-    assert resume_auto(config, WANTED)
+    assert resume_auto(config, WANTED) == ({}, True)
     assert config.ckpt_path is None
     assert config.trainer.logger.init_args.version is None
     assert said == [f"--resume auto: no checkpoint to go on from in {tmp_path}/run; starting afresh."]
     save(tmp_path / "run" / "version_0" / "checkpoints" / "old.ckpt")  # without a record
-    assert not resume_auto(config, WANTED)  # whose config.yaml it is cannot be told
+    assert resume_auto(config, WANTED) == ({}, False)  # whose config.yaml it is cannot be told
     assert config.ckpt_path is None
     assert "does not say of which configuration" in said[1]
 

@@ -176,3 +176,15 @@ def test_a_second_interrupt_stops_at_once(llama_folder, task_files, tmp_path):
     with pytest.raises(SystemExit):  # Lightning's answer to a KeyboardInterrupt
         fit(llama_folder, task_files, tmp_path, *twice)
     assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_an_interrupt_before_training_is_no_traceback(monkeypatch):
+    from agcl import cli, lightning_cli
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(lightning_cli, "run", interrupted)
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main(["fit"])
+    assert exit_info.value.code == 128 + signal.SIGINT
