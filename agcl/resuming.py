@@ -53,7 +53,7 @@ def configuration(parser: ArgumentParser, config: Namespace) -> Config:
         parser: The parser of the command line.
         config: What it parsed, with its subcommand.
     """
-    content = yaml.safe_load(parser.dump(config, skip_none=False))[config.subcommand]
+    content = yaml.safe_load(parser.dump(config, skip_unset=False))[config.subcommand]
     content = {key: value for key, value in content.items() if key not in _INCIDENTAL}
     trainer = {key: value for key, value in content["trainer"].items() if key not in _INCIDENTAL_TO_TRAINER}
     callbacks = trainer.get("callbacks") or []

@@ -38,7 +38,9 @@ class StopOnSignal(Callback):
         """128 + signal, as shells have it; None where no signal was received."""
         return None if self.received is None else 128 + self.received
 
-    # The Trainer sets its own handlers after `on_fit_start`, and takes back all that were changed since at the end.
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Forget an earlier run. Listening waits: after this, the Trainer sets handlers of its own."""
+        self.received = None
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Listen already while the tasks are scored before training."""
@@ -52,8 +54,8 @@ class StopOnSignal(Callback):
         self._last_step = trainer.global_step
 
     def on_validation_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-        """Before training there is nothing to save."""
-        if trainer.sanity_checking and self._must_stop(trainer):
+        """Before training there is nothing to save; processes that score other numbers of batches go on to a step."""
+        if trainer.sanity_checking and trainer.world_size == 1 and self.received is not None:
             rank_zero_info(f"Stopped by {self._name()} before the first step.")
             raise SystemExit(self.exit_status)
 
