@@ -3,7 +3,6 @@
 import io
 import multiprocessing
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -117,7 +116,7 @@ def _forked(path, arguments, moments, log, sender):
 
 
 def run_process(path, kill_after=None):
-    """Run as users do; if so wanted, killed so many seconds after it began to score or train.
+    """Run as users do; if so wanted, killed so many seconds after its model was loaded.
 
     Gives exit status, and the seconds from then to the end.
     """
@@ -125,7 +124,7 @@ def run_process(path, kill_after=None):
     command = [sys.executable, "-m", "agcl", "fit", "--config", str(path), "--resume", "auto"]
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output)
-    while process.poll() is None and not re.search("Scoring|Restored all states", log.read_text(errors="replace")):
+    while process.poll() is None and "Total params" not in log.read_text(errors="replace"):
         time.sleep(0.01)
     start = time.monotonic()
     with suppress(subprocess.TimeoutExpired):
