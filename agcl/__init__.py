@@ -11,6 +11,7 @@ from agcl.version import __version__
 
 _HOMES = {
     "AgclError": "agcl.errors",
+    "AtomicCheckpointIO": "agcl.checkpoints",
     "AttributionCallback": "agcl.callbacks",
     "ContinualDataModule": "agcl.data.datamodule",
     "ContinualLM": "agcl.module",
@@ -21,6 +22,7 @@ _HOMES = {
     "ImportanceConfig": "agcl.attribution",
     "Probe": "agcl.data.tasks",
     "Replay": "agcl.data.replay",
+    "StopOnSignal": "agcl.callbacks",
     "Task": "agcl.data.tasks",
     "TaskProgressBar": "agcl.callbacks",
     "UnsupportedModelError": "agcl.errors",
@@ -34,6 +36,7 @@ _HOMES = {
 
 __all__ = [
     "AgclError",
+    "AtomicCheckpointIO",
     "AttributionCallback",
     "ContinualDataModule",
     "ContinualLM",
@@ -44,6 +47,7 @@ __all__ = [
     "ImportanceConfig",
     "Probe",
     "Replay",
+    "StopOnSignal",
     "Task",
     "TaskProgressBar",
     "UnsupportedModelError",
@@ -58,7 +62,15 @@ __all__ = [
 
 if TYPE_CHECKING:
     from agcl.attribution import ImportanceConfig, compute_importance, lrp_rules, parameter_relevance
-    from agcl.callbacks import AttributionCallback, ContinualMonitor, ContinualReport, GeneralAbility, TaskProgressBar
+    from agcl.callbacks import (
+        AttributionCallback,
+        ContinualMonitor,
+        ContinualReport,
+        GeneralAbility,
+        StopOnSignal,
+        TaskProgressBar,
+    )
+    from agcl.checkpoints import AtomicCheckpointIO
     from agcl.data.datamodule import ContinualDataModule
     from agcl.data.replay import Replay
     from agcl.data.tasks import Probe, Task

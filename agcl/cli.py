@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -46,6 +47,8 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         restrict_imports()
         status = _run(words, is_command_line=args is None)
+    except KeyboardInterrupt:  # Ctrl-C before training, where there is nothing to save
+        sys.exit(128 + signal.SIGINT)
     except Exception as error:
         if debug:
             raise

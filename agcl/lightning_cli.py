@@ -1,24 +1,32 @@
 """``agcl fit --config ...``: LightningCLI with the continual loop's settings filled in."""
 
+import errno
+import json
 import sys
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from timeit import Timer
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from jsonargparse import Namespace
+from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
 
-from agcl.callbacks import ContinualMonitor, ContinualReport, TaskProgressBar
+from agcl.callbacks import ContinualMonitor, ContinualReport, StopOnSignal, TaskProgressBar
+from agcl.callbacks.stopping import stop_path
+from agcl.checkpoints import AtomicCheckpointIO, last_whole, look_into
 from agcl.data.datamodule import ContinualDataModule
 from agcl.data.sequence import Regime
 from agcl.errors import AgclError
 from agcl.module import ContinualLM
+from agcl.resuming import RECORD, RunRecord, configuration, resume_auto
 from agcl.trust import check_remote_code, check_sharded_checkpoint
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class AgclCLI(LightningCLI):
@@ -41,6 +49,12 @@ class AgclCLI(LightningCLI):
             help="Callbacks beside `trainer.callbacks`, which a method's overlay leaves as they are: measurements.",
         )
         parser.set_defaults({"trainer.reload_dataloaders_every_n_epochs": 1, "trainer.num_sanity_val_steps": -1})
+        parser.add_argument(
+            "--resume",
+            type=Literal["auto"] | None,
+            default=None,
+            help="auto: go on from the newest good checkpoint of this configuration's runs, or start if there is none",
+        )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Remember what was said on the command line, other than in a file."""
@@ -48,30 +62,74 @@ class AgclCLI(LightningCLI):
         super().parse_arguments(parser, args)
 
     def before_instantiate_classes(self) -> None:
-        """Check what may run code, and the checkpoint's file; choose precision and progress bar where none is given."""
-        config = self.config[self.subcommand] if self.subcommand else self.config
+        """Check what may run code; find or check the checkpoint; choose precision and progress bar if not given."""
+        config = self.config[self.subcommand]
         check_remote_code(config.model.trust_remote_code, self.words)
-        check_sharded_checkpoint(config.get("ckpt_path"), self.words)
         _restrict_checkpoints(config)
-        _check_checkpoint_file(config.get("ckpt_path"))
+        record = self._find_checkpoint(config)
+        check_sharded_checkpoint(config.get("ckpt_path"), self.words)
         trainer = config.trainer
         configured = [callback.class_path for callback in _all_callbacks(config)]
         if trainer.enable_progress_bar is False or any(path.endswith("ProgressBar") for path in configured):
             defaults = self.trainer_defaults["callbacks"]
             self.trainer_defaults["callbacks"] = [c for c in defaults if not isinstance(c, TaskProgressBar)]
-        if trainer.precision is None:
+        if trainer.precision is None and record.get("precision"):
+            trainer.precision = record["precision"]  # timing might choose another one this time
+        elif trainer.precision is None:
             trainer.precision = choose_precision(trainer.accelerator)
             rank_zero_info(
                 f"Precision: {trainer.precision}, the faster one on this machine (set trainer.precision to change it)."
             )
+        self.save_config_kwargs["record"] |= {"precision": str(trainer.precision)}
 
-    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Give the Trainer the extra callbacks too."""
-        config = self.config_init[self.subcommand] if self.subcommand else self.config_init
-        return super().instantiate_trainer(callbacks=_all_callbacks(config), **kwargs)
+    def _find_checkpoint(self, config: Namespace) -> dict[str, Any]:
+        """What the checkpoint to resume from says of its run; empty if there is none.
+
+        Raises:
+            AgclError: Before anything is loaded, if it is not there, not whole or not agcl's.
+        """
+        wanted = configuration(self.parser, self.config)
+        self.save_config_kwargs |= {"record": {"configuration": json.dumps(wanted)}}
+        if config.resume is not None:
+            if self.subcommand != "fit" or config.ckpt_path is not None:
+                raise AgclError("`--resume auto` looks for a checkpoint to fit on from: leave out `--ckpt_path`.")
+            record, self.save_config_kwargs["overwrite"] = resume_auto(config, wanted)
+            return record
+        path = config.get("ckpt_path")
+        if path is None or path in ("last", "best", "hpc") or "://" in path:
+            return {}
+        return look_into(Path(path)).get(RECORD) or {}
 
     def _parse_ckpt_path(self) -> None:
         """Leave the configuration as given: a checkpoint of another model is to be refused, not trained silently."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The Trainer, with the extra callbacks, and with checkpoint files that a crash leaves whole."""
+        config = self.config_init[self.subcommand]
+        plugins = config.trainer.plugins or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            plugins = [*plugins, AtomicCheckpointIO()]
+        return super().instantiate_trainer(**{"plugins": plugins, "callbacks": _all_callbacks(config), **kwargs})
+
+    def fit(self, model: ContinualLM, **kwargs: Any) -> None:
+        """Train.
+
+        Raises:
+            AgclError: If the disk is full.
+            SystemExit: With status 128 + signal, if a signal stopped it.
+        """
+        try:
+            self.trainer.fit(model, **kwargs)
+        except SystemExit:  # of Lightning's own, with other statuses
+            for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, StopOnSignal) and callback.exit_status:
+                    raise SystemExit(callback.exit_status) from None
+            raise
+        except OSError as error:
+            if error.errno not in _DISK_FULL:
+                raise
+            raise AgclError(_disk_full(self.trainer, error)) from error
 
 
 def _restrict_checkpoints(config: Any) -> None:
@@ -90,23 +148,11 @@ def _all_callbacks(config: Any) -> list[Any]:
     return [*(callbacks if isinstance(callbacks, list) else [callbacks]), *config.extra_callbacks]
 
 
-def _check_checkpoint_file(path: str | None) -> None:
-    """Refuse, before anything is loaded, a checkpoint that is not there, not whole, not agcl's, or would run code."""
-    if path is None or path in ("last", "best", "hpc"):
-        return
-    if not Path(path).exists():
-        raise AgclError(f"The checkpoint {path} does not exist.")
-    if Path(path).is_dir():  # sharded
-        return
-    if not zipfile.is_zipfile(path):
-        raise AgclError(f"{path} is not a checkpoint, or not a whole one: take an earlier one.")
-    try:
-        content = torch.load(path, map_location="meta", mmap=True, weights_only=True)  # reads no tensor
-    except Exception as error:  # torch raises many types for what is not right
-        reason = " ".join(str(error).split())[:300]
-        raise AgclError(f"The checkpoint {path} cannot be read ({reason}): take an earlier one.") from error
-    if not isinstance(content, dict) or "agcl" not in content:
-        raise AgclError(f"{path} was not written by agcl: it holds no score matrix. Take a checkpoint of this run.")
+def _disk_full(trainer: Trainer, error: OSError) -> str:
+    last = last_whole([stop_path(trainer).parent])
+    found = "There is no checkpoint yet" if last is None else f"The last good checkpoint is {last}"
+    where = "" if error.filename is None else f": {error.filename}"
+    return f"{error.strerror}{where}. {found}. Make room, then go on with `--resume auto`."
 
 
 def _total_epochs(tasks: Sequence[Any], regime: Regime) -> int:
@@ -149,7 +195,8 @@ def run(args: Sequence[str] | None, epilog: str) -> None:
             ContinualDataModule,
             args=None if args is None else list(args),
             seed_everything_default=0,
-            trainer_defaults={"callbacks": [TaskProgressBar(), ContinualReport(), ContinualMonitor()]},
+            trainer_defaults={"callbacks": [TaskProgressBar(), ContinualReport(), ContinualMonitor(), StopOnSignal()]},
+            save_config_callback=RunRecord,
             parser_kwargs={
                 "prog": "agcl",
                 "epilog": epilog,

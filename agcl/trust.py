@@ -99,9 +99,10 @@ def check_sharded_checkpoint(path: str | None, words: Sequence[str]) -> None:
         words: The command line.
 
     Raises:
-        AgclError: If it is such a folder, and the command line does not name it.
+        AgclError: If it is such a folder, and the command line neither names it nor asks for the newest checkpoint.
     """
-    if path is not None and Path(path).is_dir() and not _is_said("--ckpt_path", words):
+    is_asked_for = any(_is_said(option, words) for option in ("--ckpt_path", "--resume"))
+    if path is not None and Path(path).is_dir() and not is_asked_for:
         raise AgclError(
             f"A configuration file names {path}, a checkpoint in shards, and loading one can run code that it holds. "
             "If it is your own, name it on the command line: `--ckpt_path`."

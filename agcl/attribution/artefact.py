@@ -28,7 +28,6 @@ Metadata are strings. `save_importance` adds the first four, whoever computes th
 ==================================== ==============================================================================
 """
 
-import os
 from abc import ABC
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -38,6 +37,7 @@ import torch
 from torch import Tensor
 
 from ..errors import AgclError
+from ..files import partial_of
 from ..version import __version__
 from . import storage
 from .fingerprints import fingerprint
@@ -199,6 +199,7 @@ def save_importance(
 
     Raises:
         AgclError: If a tensor is neither uint8 nor uint16, or they differ.
+        OSError: With the file's name, if it cannot be written, for instance on a full disk.
     """
     path, shapes, bits = Path(path), shapes_of(importance), common_bits(importance)
     added = {"format": FORMAT, "format_version": FORMAT_VERSION, "bits": bits, "agcl_version": __version__}
@@ -211,14 +212,15 @@ def save_importance(
     temporaries: dict[str, Path] = {}
     try:
         for number, (file, names) in enumerate(contents.items(), 1):
-            temporaries[file] = path.with_name(f".{file}.{os.getpid()}.tmp")
+            temporaries[file] = partial_of(path.with_name(file))
             own_header = {**header, "shard": f"{number} of {len(shards)}"} if is_sharded else header
             own_shapes = {name: shapes[name] for name in names}
-            storage.write_safetensors(temporaries[file], own_header, own_shapes, bits, importance)
+            named = path.with_name(file)
+            storage.write_safetensors(temporaries[file], named, own_header, own_shapes, bits, importance)
         if is_sharded:
-            index = storage.index_of(path).name
-            temporaries[index] = path.with_name(f".{index}.{os.getpid()}.tmp")
-            storage.write_index(temporaries[index], header, contents, sum(sizes.values()))
+            index = storage.index_of(path)
+            temporaries[index.name] = partial_of(index)
+            storage.write_index(temporaries[index.name], index, header, contents, sum(sizes.values()))
         storage.publish(path, temporaries)
     finally:
         for temporary in temporaries.values():

@@ -1,10 +1,8 @@
 """How an importance file lies on the disk: safetensors files, the index of shards, and replacing both atomically."""
 
 import json
-import os
 import re
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import AgclError
+from ..files import sync_folder, synced
 from .levels import DTYPES, Bits
 
 FORMAT = "agcl-importance"
@@ -73,9 +72,14 @@ def num_bytes(shape: Shape, bits: Bits) -> int:
 
 
 def write_safetensors(
-    path: Path, metadata: Mapping[str, str], shapes: Mapping[str, Shape], bits: Bits, importance: Mapping[str, Tensor]
+    path: Path,
+    named: Path,
+    metadata: Mapping[str, str],
+    shapes: Mapping[str, Shape],
+    bits: Bits,
+    importance: Mapping[str, Tensor],
 ) -> None:
-    """Write tensors one after the other, and wait for the disk.
+    """Write tensors one after the other, and wait for the disk; errors call the file ``named``.
 
     The library's own writer wants all tensors at once, and its bytes differ from one time to the next by the order of
     the metadata.
@@ -87,27 +91,25 @@ def write_safetensors(
         header[name] = {"dtype": _DTYPE_NAMES[bits], "shape": shape, "data_offsets": [start, end]}
     content = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     content += b" " * (-len(content) % 8)  # the data are to be aligned
-    with path.open("wb") as file:
+    with synced(path, named) as file:
         file.write(len(content).to_bytes(8, "little") + content)
         for name, shape in shapes.items():
             levels = importance[name]
             if levels.dtype != DTYPES[bits] or tuple(levels.shape) != shape:
                 raise AgclError(f"Importance of `{name}` changed while it was written.")
             file.write(levels.detach().cpu().contiguous().view(-1).numpy().data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
-def write_index(path: Path, metadata: Mapping[str, str], contents: Mapping[str, list[str]], total_size: int) -> None:
+def write_index(
+    path: Path, named: Path, metadata: Mapping[str, str], contents: Mapping[str, list[str]], total_size: int
+) -> None:
     """Write which shard each parameter is in, as Hugging Face does, and wait for the disk."""
     index = {
         "metadata": {**metadata, "total_size": total_size},
         "weight_map": {name: file for file, names in contents.items() for name in names},
     }
-    with path.open("w", encoding="utf-8") as file:
-        json.dump(index, file, indent=2, ensure_ascii=False)
-        file.flush()
-        os.fsync(file.fileno())
+    with synced(path, named) as file:
+        file.write(json.dumps(index, indent=2, ensure_ascii=False).encode())
 
 
 def publish(path: Path, temporaries: Mapping[str, Path]) -> None:
@@ -119,9 +121,9 @@ def publish(path: Path, temporaries: Mapping[str, Path]) -> None:
     *shards, last = temporaries.items()
     for name, temporary in shards:
         temporary.replace(path.with_name(name))
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
     last[1].replace(path.with_name(last[0]))
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
     if shards:
         path.unlink(missing_ok=True)
     elif stale:
@@ -136,18 +138,6 @@ def _shards_on_disk(path: Path) -> set[str]:
         return set(read_index(path)[1])
     except AgclError:
         return set()
-
-
-def _sync_folder(folder: Path) -> None:
-    """Let no later change of names reach the disk before the earlier ones."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # some network file systems cannot
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # ------------------------------------------------------------------- reading

@@ -5,5 +5,13 @@ from agcl.callbacks.general_ability import GeneralAbility
 from agcl.callbacks.monitor import ContinualMonitor
 from agcl.callbacks.progress import TaskProgressBar
 from agcl.callbacks.report import ContinualReport
+from agcl.callbacks.stopping import StopOnSignal
 
-__all__ = ["AttributionCallback", "ContinualMonitor", "ContinualReport", "GeneralAbility", "TaskProgressBar"]
+__all__ = [
+    "AttributionCallback",
+    "ContinualMonitor",
+    "ContinualReport",
+    "GeneralAbility",
+    "StopOnSignal",
+    "TaskProgressBar",
+]

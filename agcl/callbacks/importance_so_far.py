@@ -1,6 +1,5 @@
 """The importance of the tasks so far: each in a file of its own, all of them merged in memory."""
 
-import shutil
 from pathlib import Path
 from typing import Any, Literal
 
@@ -62,29 +61,25 @@ class ImportanceSoFar:
         """On resuming: have the earlier tasks' files in this run's folder, and the merge where it belongs.
 
         Raises:
-            AgclError: If a file that is needed is gone, or one is no importance file.
+            AgclError: If a file that is needed is gone or damaged.
         """
         self._merged.to(self._home(trainer))
         folder = _folder(trainer)
         for path in self.files.values():
             copy = folder / Path(path).name
-            if not copy.exists() and trainer.is_global_zero and Path(path).exists():
-                open_importance(path)  # a checkpoint may name any file; only importance is copied
-                folder.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(path, copy)
+            if trainer.is_global_zero and _problem(copy) and not _problem(Path(path)):
+                source = open_importance(path)
+                save_importance(copy, source, source.metadata)
         trainer.strategy.barrier()
         for task, path in self.files.items():
             copy = folder / Path(path).name
-            if copy.exists():
+            if not _problem(copy):
                 self.files[task] = str(copy)
-            elif self._needs_files:
-                raise AgclError(
-                    f"The importance file of task `{task}` is gone: {path}. Resuming with `reestimate` needs it."
-                )
-            else:
-                rank_zero_warn(
-                    f"The importance file of task `{task}` is gone: {path}. The run itself does not need it."
-                )
+                continue
+            lost = f"The importance file of task `{task}` is lost: {_problem(Path(path))}"
+            if self._needs_files:
+                raise AgclError(f"{lost} Resuming with `reestimate` needs it.")
+            rank_zero_warn(f"{lost} The run itself does not need it.")
 
     def state_dict(self) -> dict[str, Any]:
         """What resuming needs; the tensors are not copied."""
@@ -101,6 +96,15 @@ class ImportanceSoFar:
 
     def _home(self, trainer: Trainer) -> torch.device:
         return torch.device("cpu") if self._place == "host" else trainer.strategy.root_device
+
+
+def _problem(path: Path) -> str | None:
+    """Why a file is of no use; None if it is whole."""
+    try:
+        open_importance(path)
+    except AgclError as error:
+        return str(error)
+    return None
 
 
 def _folder(trainer: Trainer) -> Path:

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 import agcl
+from agcl.files import sync_tree, write_whole
 from agcl.metrics import plot_score_matrix
 from agcl.module import NLL, SCORE
 
@@ -39,11 +40,13 @@ class ContinualReport(Callback):
         self._processor_seconds_before = 0.0
         self._extra_bytes = 0
         self._trainable_weights = 0
+        self._is_finished = False
         self._start = time.monotonic()
         self._processor_start = time.process_time()
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Start the clocks; count the weights to train, before a method freezes some for a while."""
+        self._is_finished = False
         self._start = time.monotonic()
         self._processor_start = time.process_time()
         self._trainable_weights = sum(p.numel() for p in pl_module.model.parameters() if p.requires_grad)
@@ -58,15 +61,26 @@ class ContinualReport(Callback):
         folder, results = self._write(trainer, pl_module)
         if trainer.is_global_zero:
             self._finish(trainer, pl_module, folder, results)
+        self._is_finished = True
+
+    def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Resumed after the last step, Lightning ends without ending the training: make up for it."""
+        if not self._is_finished:
+            self.on_train_end(trainer, pl_module)
 
     def state_dict(self) -> dict[str, float]:
-        """Wall and processor time so far, in seconds, so that a resumed run reports the sums."""
-        return {"wall_seconds": self._wall_seconds(), "processor_seconds": self._processor_seconds()}
+        """What a resumed run reports the sum or maximum of: wall and processor time so far, in seconds; extra bytes."""
+        return {
+            "wall_seconds": self._wall_seconds(),
+            "processor_seconds": self._processor_seconds(),
+            "extra_bytes": self._extra_bytes,
+        }
 
     def load_state_dict(self, state_dict: dict[str, float]) -> None:
-        """Restore the times of the run that is resumed."""
+        """Restore what the run that is resumed has used."""
         self._seconds_before = state_dict["wall_seconds"]
         self._processor_seconds_before = state_dict["processor_seconds"]
+        self._extra_bytes = int(state_dict["extra_bytes"])
 
     def _wall_seconds(self) -> float:
         return self._seconds_before + time.monotonic() - self._start
@@ -93,6 +107,7 @@ class ContinualReport(Callback):
             partial = folder / "model.partial"
             shutil.rmtree(partial, ignore_errors=True)
             pl_module.save_pretrained(partial)
+            sync_tree(partial)
             shutil.rmtree(folder / "model", ignore_errors=True)
             partial.replace(folder / "model")
         console = Console()
@@ -160,19 +175,18 @@ def _seed() -> int | None:
 
 def write_results(folder: Path, results: dict[str, Any]) -> None:
     """Write ``scores.json``, ``scores.csv`` and ``score_matrix.png``."""
-    folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / "scores.json", json.dumps(results, indent=2, ensure_ascii=False).encode())
+    write_whole(folder / "scores.json", json.dumps(results, indent=2, ensure_ascii=False))
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(["after", *results["tasks"]])
     for label, row in _labelled_rows(results):
         writer.writerow([label, *("" if value is None else value for value in row)])
-    _replace(folder / "scores.csv", text.getvalue().encode())
+    write_whole(folder / "scores.csv", text.getvalue())
     matrix = torch.tensor([[math.nan if v is None else v for v in row] for row in results["scores"]])
     figure, _ = plot_score_matrix(matrix, results["tasks"], title=metrics_line(results["metrics"]))
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=150)
-    _replace(folder / "score_matrix.png", picture.getvalue())
+    write_whole(folder / "score_matrix.png", picture.getvalue())
 
 
 def result_tables(results: dict[str, Any]) -> list[Table]:
@@ -214,13 +228,3 @@ def _rows(matrix: torch.Tensor) -> list[list[float | None]]:
 def _number(value: float) -> float | None:
     """JSON has no NaN: what was not measured is null."""
     return None if math.isnan(value) else value
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file so that a crash leaves the old content or the new."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)

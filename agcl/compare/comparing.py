@@ -16,6 +16,7 @@ from agcl.compare.runs import Run, values_text
 from agcl.compare.selection import at_edge, choose
 from agcl.compare.settings import Comparison, Values
 from agcl.compare.tables import csv_text, markdown, remarks, rich_tables, text_lines
+from agcl.files import replacing, write_whole
 
 Runner = Callable[[Sequence[Run], Comparison, Report], None]
 
@@ -59,11 +60,11 @@ def compare_methods(
 
 def write_record(folder: Path, record: Record) -> None:
     """Write ``comparison.json``, ``comparison.csv``, ``comparison.md`` and ``stability_plasticity.png``."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "comparison.json").write_text(json.dumps(record, indent=2, ensure_ascii=False))
-    (folder / "comparison.csv").write_text(csv_text(record))
-    (folder / "comparison.md").write_text(markdown(record))
-    plot_stability_plasticity(record).savefig(folder / "stability_plasticity.png", dpi=150)
+    write_whole(folder / "comparison.json", json.dumps(record, indent=2, ensure_ascii=False))
+    write_whole(folder / "comparison.csv", csv_text(record))
+    write_whole(folder / "comparison.md", markdown(record))
+    with replacing(folder / "stability_plasticity.png") as file:
+        plot_stability_plasticity(record).savefig(file, format="png", dpi=150)
 
 
 def _choose(comparison: Comparison, method: str, trials: Sequence[Run]) -> Values | None:

@@ -15,6 +15,7 @@ from jsonargparse import get_loader
 
 from agcl.compare.settings import Values
 from agcl.errors import AgclError
+from agcl.files import is_whole_zip, write_whole
 
 STARTED, FINISHED, FAILED = "started", "finished", "failed"
 _LARGE = ("model", "checkpoints", "importance")
@@ -73,9 +74,7 @@ class Run:
     def set_state(self, state: str, error: str | None = None) -> None:
         """Write down how far the run has come."""
         content = {"state": state, "error": error, "command": self.command(), "values": self.values}
-        partial = self.folder / ".state.json.partial"
-        partial.write_text(json.dumps(content, indent=2))
-        partial.replace(self.folder / "state.json")
+        write_whole(self.folder / "state.json", json.dumps(content, indent=2))
 
     def results(self) -> dict[str, Any] | None:
         """What ``scores.json`` says, or ``None`` if the run has not finished."""
@@ -90,12 +89,13 @@ class Run:
         if digest([read_config(path) for path in self.configs]) != self.contents:
             raise AgclError(f"{', '.join(self.configs)}: changed since the comparison began; start it again.")
         interrupted = self.state().get("state") == STARTED
-        checkpoints = sorted(self.folder.rglob("*.ckpt"), key=lambda path: path.stat().st_mtime) if interrupted else []
+        found = sorted(self.folder.rglob("*.ckpt"), key=lambda path: path.stat().st_mtime) if interrupted else []
+        checkpoints = [path for path in found if is_whole_zip(path)]
         if not checkpoints:
             shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "config.yaml").unlink(missing_ok=True)  # LightningCLI refuses to write it again
-        (self.folder / "run.yaml").write_text(yaml.safe_dump(self.config, sort_keys=False))
+        write_whole(self.folder / "run.yaml", yaml.safe_dump(self.config, sort_keys=False))
         self.set_state(STARTED)
         return [*self.command(), *(["--ckpt_path", str(checkpoints[-1])] if checkpoints else [])]
 

@@ -290,7 +290,7 @@ def test_resuming_with_kept_rows_needs_the_files(llama_folder, task_files, tmp_p
     with pytest.raises(CrashError):
         fit(llama_folder, task_files, tmp_path, make(), CrashAt(8), saving, enable_checkpointing=True)
     (tmp_path / "importance" / "00_task0.safetensors").unlink()
-    with pytest.raises(AgclError, match=r"file of task `task0` is gone: .*reestimate` needs it"):
+    with pytest.raises(AgclError, match=r"file of task `task0` is lost: .*reestimate` needs it"):
         fit(llama_folder, task_files, tmp_path / "resumed", make(), ckpt_path=next(tmp_path.glob("*.ckpt")))
 
 

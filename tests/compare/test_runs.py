@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 
 import pytest
 
@@ -146,7 +147,10 @@ def test_interrupted_run_goes_on_from_its_last_checkpoint_and_a_failed_one_start
     assert "--ckpt_path" not in run.prepare()
     checkpoint = run.folder / "checkpoints" / "last.ckpt"
     checkpoint.parent.mkdir()
-    checkpoint.write_text("state")
+    (checkpoint.parent / "broken.ckpt").write_text("state")
+    with zipfile.ZipFile(checkpoint, "w") as archive:  # as torch writes them
+        archive.writestr("data", "state")
+    os.utime(checkpoint, (0, 0))
     (run.folder / "config.yaml").write_text("LightningCLI would refuse to write it again")
     assert run.prepare()[-2:] == ["--ckpt_path", str(checkpoint)]
     assert not (run.folder / "config.yaml").exists()

@@ -1,0 +1,193 @@
+"""A run that is killed, stopped, or out of disk, and gone on with, ends as if nothing had happened."""
+
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+
+import pytest
+import torch
+from conftest import save_tiny_model
+from helpers import attribution, build, trainer_for, weights
+from killing import Moments, config_for, run_forked, run_process
+from lightning.pytorch import Callback
+
+from agcl.callbacks import StopOnSignal
+from agcl.checkpoints import AtomicCheckpointIO, last_whole, look_into
+
+SAME = ("model/model.safetensors", "importance/00_task0.safetensors", "importance/01_task1.safetensors", "scores.csv")
+
+
+@pytest.fixture(scope="module")
+def dropout_folder(tmp_path_factory):
+    """GPT-2 has dropout, so that random numbers must be resumed too."""
+    return save_tiny_model(tmp_path_factory.mktemp("gpt2-dropout"), "gpt2")
+
+
+@pytest.fixture(scope="module")
+def straight(dropout_folder, task_files, tmp_path_factory):
+    """Folder of a run that nothing happens to, and the number of its moments."""
+    path = config_for(dropout_folder, task_files[:2], tmp_path_factory.mktemp("straight"), epochs=2)
+    status, output, moments = run_forked(path)
+    assert status == 0, output
+    return path.parent / "run" / "version_0", moments
+
+
+def assert_same(folder, expected):
+    for name in SAME:
+        assert (folder / name).read_bytes() == (expected / name).read_bytes(), name
+    assert not list(folder.rglob(".*.partial"))
+
+
+def killed_until_done(config, start, kills, expected):
+    """Kill a run again and again until it comes to its end; then another one, until there were enough kills."""
+    for _ in range(3 * kills):
+        if kills == 0:
+            return
+        shutil.rmtree(config.parent / "run", ignore_errors=True)
+        while True:
+            is_killed = start(kills > 0)
+            if not is_killed:
+                break
+            kills -= 1
+        # Killed before its first checkpoint, it has begun again in a folder of its own.
+        assert_same(max((config.parent / "run").iterdir()), expected)
+    assert kills == 0
+
+
+def test_killed_at_three_random_moments_the_run_ends_with_the_same_weights(
+    dropout_folder, task_files, tmp_path, straight
+):
+    expected, num_moments = straight
+    config = config_for(dropout_folder, task_files[:2], tmp_path / "killed", epochs=2)
+    choice = random.Random(0)
+
+    def start(may_kill):
+        moment = choice.randrange(1, num_moments // 2) if may_kill else None
+        status, output, _ = run_forked(config, moments=Moments(moment))
+        assert status in (0, -signal.SIGKILL), output
+        return status != 0
+
+    killed_until_done(config, start, 3, expected)
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_random_moments_the_run_ends_with_the_same_weights(dropout_folder, task_files, tmp_path):
+    config = config_for(dropout_folder, task_files[:2], tmp_path / "straight", epochs=20)
+    status, seconds = run_process(config)
+    assert status == 0
+    expected = config.parent / "run" / "version_0"
+    config = config_for(dropout_folder, task_files[:2], tmp_path / "killed", epochs=20)
+
+    def start(may_kill):
+        status, _ = run_process(config, random.uniform(0, seconds) if may_kill else None)
+        assert status in (0, -signal.SIGKILL)
+        return status != 0
+
+    killed_until_done(config, start, 20, expected)
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_the_run_with_one_line_that_names_the_last_good_checkpoint(
+    dropout_folder, task_files, tmp_path, straight
+):
+    expected, num_moments = straight
+
+    def fill():  # from now on, the system refuses to make a file larger than this; a checkpoint is
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+
+    config = config_for(dropout_folder, task_files[:2], tmp_path / "full", epochs=2)
+    status, output, _ = run_forked(config, moments=Moments(num_moments // 2, fill))
+    folder = config.parent / "run" / "version_0" / "checkpoints"
+    last = last_whole([folder])
+    assert status == 1
+    (line,) = [line for line in output.splitlines() if "error" in line]
+    assert re.match(rf"agcl: error: File too large: {folder}/\S+\.ckpt\. The last good checkpoint is {last}\. ", line)
+    assert "Traceback" not in output
+    assert not list(folder.glob(".*"))
+    assert run_forked(config)[0] == 0
+    assert_same(folder.parent, expected)
+
+
+# ------------------------------------------------------------------ signals
+
+
+class SignalAt(Callback):
+    """Sends this process a signal in the midst of a step, or of what follows the last one of a task."""
+
+    def __init__(self, number, step, at_boundary=False):
+        self.number, self.step, self.at_boundary = number, step, at_boundary
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        if trainer.global_step == self.step and not self.at_boundary:
+            os.kill(os.getpid(), self.number)
+
+    def on_validation_batch_start(self, trainer, *args):
+        if trainer.global_step == self.step and self.at_boundary:
+            os.kill(os.getpid(), self.number)
+
+
+def fit(folder, files, run_dir, *callbacks, ckpt_path=None, **options):
+    model, data = build(folder, files[:2])
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    trainer = trainer_for(data, run_dir, [*callbacks, StopOnSignal()], plugins=[AtomicCheckpointIO()], **options)
+    try:
+        trainer.fit(model, datamodule=data, ckpt_path=ckpt_path)
+    finally:
+        assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+    return model
+
+
+# Task 1 takes steps 6 to 11. With two batches accumulated, the run has half as many steps, each epoch one.
+@pytest.mark.parametrize(
+    ("number", "step", "at_boundary", "accumulate", "stopped_after"),
+    [
+        (signal.SIGTERM, 6, True, 1, 7),
+        (signal.SIGINT, 1, False, 2, 2),
+        pytest.param(signal.SIGTERM, 2, False, 1, 3, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, 5, False, 1, 6, marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_saves_after_the_step_and_the_run_goes_on_from_there(
+    dropout_folder, task_files, tmp_path, knowing, number, step, at_boundary, accumulate, stopped_after
+):
+    straight = fit(dropout_folder, task_files, tmp_path / "straight", attribution(), accumulate_grad_batches=accumulate)
+    stopping = SignalAt(number, step, at_boundary)
+    with pytest.raises(SystemExit) as exit_info:
+        fit(dropout_folder, task_files, tmp_path, attribution(), stopping, accumulate_grad_batches=accumulate)
+    assert exit_info.value.code == 128 + number
+    path = tmp_path / "checkpoints" / "interrupted.ckpt"
+    assert look_into(path)["global_step"] == stopped_after
+    options = {"ckpt_path": path, "accumulate_grad_batches": accumulate}
+    resumed = fit(dropout_folder, task_files, tmp_path, attribution(), **options)
+    for name, parameter in weights(straight).items():
+        assert torch.equal(parameter, weights(resumed)[name]), name
+    assert not path.exists()
+
+
+def test_a_signal_before_training_saves_nothing(llama_folder, task_files, tmp_path):
+    with pytest.raises(SystemExit) as exit_info:
+        fit(llama_folder, task_files, tmp_path, SignalAt(signal.SIGTERM, 0, at_boundary=True))
+    assert exit_info.value.code == 128 + signal.SIGTERM
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_a_second_interrupt_stops_at_once(llama_folder, task_files, tmp_path):
+    twice = [SignalAt(signal.SIGINT, 2), SignalAt(signal.SIGINT, 2)]
+    with pytest.raises(SystemExit):  # Lightning's answer to a KeyboardInterrupt
+        fit(llama_folder, task_files, tmp_path, *twice)
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_an_interrupt_before_training_is_no_traceback(monkeypatch):
+    from agcl import cli, lightning_cli
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(lightning_cli, "run", interrupted)
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main(["fit"])
+    assert exit_info.value.code == 128 + signal.SIGINT
