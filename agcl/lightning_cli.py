@@ -67,7 +67,6 @@ class AgclCLI(LightningCLI):
         check_remote_code(config.model.trust_remote_code, self.words)
         _restrict_checkpoints(config)
         record = self._find_checkpoint(config)
-        check_sharded_checkpoint(config.get("ckpt_path"), self.words)
         trainer = config.trainer
         configured = [callback.class_path for callback in _all_callbacks(config)]
         if trainer.enable_progress_bar is False or any(path.endswith("ProgressBar") for path in configured):
@@ -94,10 +93,12 @@ class AgclCLI(LightningCLI):
             if self.subcommand != "fit" or config.ckpt_path is not None:
                 raise AgclError("`--resume auto` looks for a checkpoint to fit on from: leave out `--ckpt_path`.")
             record, self.save_config_kwargs["overwrite"] = resume_auto(config, wanted)
+            check_sharded_checkpoint(config.ckpt_path, self.words)
             return record
         path = config.get("ckpt_path")
         if path is None or path in ("last", "best", "hpc") or "://" in path:
             return {}
+        check_sharded_checkpoint(path, self.words)
         return look_into(Path(path)).get(RECORD) or {}
 
     def _parse_ckpt_path(self) -> None:
