@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from ..errors import AgclError
+from ..ranks import ALONE, Ranks
 from .accumulators import Accumulator, BlockMaximaMean, Mean, MeanOfSeen, TopKMean
 from .levels import DTYPES, MAX_LEVEL, Bits
-from .ranks import ALONE, Ranks
 
 Sign = Literal["positive", "absolute"]
 Normalisation = Literal["log", "rank", "quantile", "none"]
@@ -286,7 +286,7 @@ def normalise(
 
 @dataclass(frozen=True)
 class Parts:
-    """Scores of which each process has its rows (see :mod:`agcl.attribution.ranks`).
+    """Scores of which each process has its rows (see :mod:`agcl.ranks`).
 
     A tensor is gathered for the moment in which it is normalised, one after the other, since its entries are compared
     with each other.

@@ -25,10 +25,10 @@ from agcl.attribution.passes import (
     selected_parameters,
     target_logit,
 )
-from agcl.attribution.sharded import consuming, has_shards
 from agcl.attribution.support import check_choice
 from agcl.attribution.uses import ParameterUses, UnseenUseError, Use
 from agcl.errors import AgclError, UnsupportedModelError
+from agcl.shards import consuming, has_shards
 
 Consumer = Callable[[str, Tensor, Tensor], None]
 Choice = Callable[[list[bool]], list[bool]]
@@ -84,7 +84,9 @@ def attribute_batch(
     check_choice("rule", rule, GradientRule)
     if not samples:
         raise AgclError("`samples` is empty; give at least one.")
-    attribution = _Attribution(model, selected_parameters(model, parameters), consume, rule, only_correct, objective, choose)
+    attribution = _Attribution(
+        model, selected_parameters(model, parameters), consume, rule, only_correct, objective, choose
+    )
     if has_shards(model):
         passes = [[sample] for sample in samples] if per_sample else [list(samples)]
         return [flag for part in passes for flag in attribution.of_shards(part)]
@@ -311,7 +313,7 @@ def parameter_relevance(
     selected = selected_parameters(model, parameters)
     found: dict[str, Tensor] = {}
 
-    def keep(name: str, parameter: nn.Parameter, gradient: Tensor) -> None:
+    def keep(name: str, parameter: Tensor, gradient: Tensor) -> None:
         found[name] = gradient.mul_(parameter.detach())
 
     attribute_sample(

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .ranks import Ranks
+from ..ranks import Ranks
+from ..shards import is_sharded, local_part
 from .relevance import Consumer
-from .sharded import is_sharded, local_part
 
 
 class Turn:
@@ -22,29 +22,29 @@ class Turn:
         consume: Called with name, this process's part of the parameter and of a gradient; in the order of the samples.
         num_samples: Of the batch that is shared out, sample ``i`` to process ``i % ranks.size``; those beyond do not
             count.
+        device: Of the samples.
         per_sample: Whether each sample's gradient is consumed, or the sum over a process's samples.
 
     Attributes:
         num_used: Samples that count, of all processes.
     """
 
-    def __init__(self, ranks: Ranks, consume: Consumer, num_samples: int, *, per_sample: bool) -> None:
+    def __init__(
+        self, ranks: Ranks, consume: Consumer, num_samples: int, device: torch.device, *, per_sample: bool
+    ) -> None:
         self.num_used = 0
         self._ranks, self._consume, self._per_sample = ranks, consume, per_sample
-        self._num_samples = num_samples
+        self._num_samples, self._device = num_samples, device
         self._num_seen = 0  # of this process's samples
         self._draws: list[Sequence[bool]] = []  # for each gradient of a tensor to come: whose count
         self._consumed: Counter[str] = Counter()
-        self._device = torch.device("cpu")
 
-    def choose(self, flags: list[bool], device: torch.device | None = None) -> list[bool]:
+    def choose(self, flags: list[bool]) -> list[bool]:
         """Which of this process's next samples are run backward, given which of them count here."""
         first = self._num_seen * self._ranks.size + self._ranks.rank
         self._num_seen += len(flags)
-        own = [
-            flag and first + place * self._ranks.size < self._num_samples for place, flag in enumerate(flags)
-        ]
-        found = self._ranks.flags(own, device or self._device)
+        own = [flag and first + place * self._ranks.size < self._num_samples for place, flag in enumerate(flags)]
+        found = self._ranks.flags(own, self._device)
         self.num_used += sum(map(sum, found))
         self._consumed.clear()
         if self._per_sample:
@@ -64,6 +64,6 @@ class Turn:
             if is_counted:
                 self._consume(name, part, piece)
 
-    def finish(self, device: torch.device) -> None:
+    def finish(self) -> None:
         """See :meth:`Ranks.finish`."""
-        self._ranks.finish(device)
+        self._ranks.finish(self._device)

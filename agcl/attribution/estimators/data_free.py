@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from agcl.attribution.estimators.interface import Estimator, Evidence
 from agcl.attribution.passes import selected_parameters
-from agcl.attribution.ranks import Ranks
-from agcl.attribution.sharded import is_sharded, local_part
 from agcl.errors import AgclError
+from agcl.ranks import Ranks
+from agcl.shards import is_sharded, local_part
 
 
 class Magnitude(Estimator):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from agcl.attribution.importance import ImportanceConfig
 from agcl.attribution.passes import Sample, selected_parameters
-from agcl.attribution.ranks import ALONE, Ranks
+from agcl.ranks import ALONE, Ranks
 
 
 @dataclass

@@ -65,10 +65,9 @@ class PerSampleGradient(Estimator):
                 gradient for the samples of all.
         """
         samples, ranks = iter(evidence.samples), evidence.ranks
-        while batch := _take(
-            samples, min(evidence.batch_size * ranks.size, evidence.num_samples - evidence.num_used)
-        ):
-            turn = Turn(ranks, consume, len(batch), per_sample=evidence.per_sample)
+        while batch := _take(samples, min(evidence.batch_size * ranks.size, evidence.num_samples - evidence.num_used)):
+            device = batch[0].input_ids.device
+            turn = Turn(ranks, consume, len(batch), device, per_sample=evidence.per_sample)
             # To make the shares equal, the last sample is run again where need be, and not counted.
             padded = batch + [batch[-1]] * (-len(batch) % ranks.size)
             attribute_batch(
@@ -82,7 +81,7 @@ class PerSampleGradient(Estimator):
                 objective=self.objective,
                 choose=turn.choose,
             )
-            turn.finish(batch[0].input_ids.device)
+            turn.finish()
             evidence.num_used += turn.num_used
             evidence.on_progress(turn.num_used)
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from agcl.attribution.estimators.interface import Evidence
 from agcl.attribution.estimators.per_sample import PerSampleGradient, log_probability
-from agcl.attribution.ranks import Ranks
+from agcl.ranks import Ranks
 
 
 class SPG(PerSampleGradient):

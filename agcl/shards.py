@@ -7,13 +7,15 @@ are different ones.
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from ..errors import UnsupportedModelError
-from .ranks import Ranks
+from agcl.errors import UnsupportedModelError
+from agcl.ranks import Ranks
 
 
 def is_sharded(parameter: Tensor) -> bool:
@@ -32,6 +34,12 @@ def local_part(tensor: Tensor) -> Tensor:
     return whole.to_local() if is_sharded(tensor) else tensor
 
 
+def gathered(tensor: Tensor) -> Tensor:
+    """A tensor, detached and whole; all processes gather a DTensor together."""
+    whole: Any = tensor.detach()
+    return whole.full_tensor() if is_sharded(tensor) else whole
+
+
 def check_layout(model: nn.Module) -> None:
     """Check that every process holds its rows of every parameter, as :class:`Ranks` counts them.
 
@@ -45,9 +53,38 @@ def check_layout(model: nn.Module) -> None:
         sharded: Any = parameter
         if not is_sharded(parameter) or sharded.device_mesh.size() != size or sharded.placements != (Shard(0),):
             raise UnsupportedModelError(
-                f"Parameter {name!r} is not split by rows over all {size} processes; attribution understands FSDP2 over "
-                "a mesh of one dimension (`tensor_parallel_size: 1`), applied to the whole model."
+                f"Parameter {name!r} is not split by rows over all {size} processes; attribution understands FSDP2 "
+                "over a mesh of one dimension (`tensor_parallel_size: 1`), applied to the whole model."
             )
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a parameter lies on the processes, without the parameter."""
+
+    mesh: Any
+    placements: Any
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    def of_part(self, part: Tensor) -> Tensor:
+        """The DTensor of which ``part`` is this process's rows."""
+        from torch.distributed.tensor import DTensor
+
+        return DTensor.from_local(
+            part,
+            self.mesh,
+            self.placements,
+            run_check=False,
+            shape=torch.Size(self.shape),
+            stride=self.stride,
+        )
+
+
+def layouts(model: nn.Module) -> dict[str, Layout]:
+    """Of the parameters that are split over processes, by name."""
+    sharded: dict[str, Any] = {name: p for name, p in model.named_parameters() if is_sharded(p)}
+    return {name: Layout(p.device_mesh, p.placements, tuple(p.shape), p.stride()) for name, p in sharded.items()}
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, distributed
 
-from ..errors import AgclError
+from agcl.errors import AgclError
 
 _NO_TENSOR = -1
 
