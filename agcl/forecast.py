@@ -3,25 +3,25 @@
 Its figures were measured on CPUs (`docs/cost.md`), counted from what the code allocates, or are data-sheet values;
 each constant says which. **Nothing was measured on a GPU.**
 
-Bytes on each device, with ``s`` devices that share the weights (1 under DDP, all of them under FSDP2)::
+Bytes on each of ``r`` devices, ``s`` of which share the weights (1 under DDP, all of them under FSDP2)::
 
     kept      = (weights * w + trained * (g + o) + gated * i) / s + gathered
     training  = kept + max(activations + casts, copy of the largest gated tensor)
-    boundary  = kept + gated * a / s + activations of the attributed batch
+    boundary  = kept + gated * a / r + activations of the attributed batch
     peak      = max(training, boundary)
 
 ``w``, ``g``, ``o``, ``i``, ``a``: bytes of a weight, of its gradient (twice under DDP, whose buckets are copies), of
 the optimizer's state, of its importance, and of its scores at a task boundary. ``gathered``, FSDP2 alone: two layers'
 weights whole, the one in use and the next.
 
-Seconds, with ``r`` devices::
+Seconds::
 
     row          = max((4 * weights + 2 * trained) * tokens / flops, weights * 67 / bandwidth)
     training     = steps * micro_batches * max((4 * weights + 2 * trained) * rows * tokens / flops,
                                                weights * 67 / bandwidth) + steps * trained / s * 28 / bandwidth
     gate         = steps * gated / s * 29 / bandwidth
     attribution  = num_tasks * ceil(samples / r) * row * factor
-    normalising  = num_tasks * gated / s * 8.9e-9
+    normalising  = num_tasks * gated * 8.9e-9
 
 A pass over a token costs two operations per weight forward, two backward through a weight, two more for its gradient,
 and not less than the weights' own way through memory. Attention's products (small for rows much shorter than the model
@@ -282,7 +282,7 @@ def _boundary(size: ModelSize, settings: Settings, work: Work) -> dict[str, int]
     each = {"mean": 4, "blocks": 6, "exact": 2 * settings.top_k}[settings.aggregation]
     rows = min(work.attributed_rows, work.samples)
     return {
-        "scores": size.gated * each // settings.shards,
+        "scores": size.gated * each // settings.devices,  # each process has its rows, also under DDP
         "passes": _activations(size, settings, rows, work) + _casts(size, settings),
     }
 
@@ -318,7 +318,8 @@ def _seconds(size: ModelSize, settings: Settings, work: Work, machine: Machine) 
     row = max(work.tokens * each_token, shortest) * _ATTRIBUTION_FACTOR[settings.aggregation]
     seconds["gate"] = work.steps * share * _GATE_BYTES / machine.bandwidth
     seconds["attribution"] = work.num_tasks * math.ceil(work.samples / settings.devices) * row
-    seconds["normalising importance"] = work.num_tasks * share * _NORMALISING_SECONDS
+    # Each process sorts all tensors, one after the other.
+    seconds["normalising importance"] = work.num_tasks * size.gated * _NORMALISING_SECONDS
     return seconds
 
 

@@ -106,7 +106,7 @@ class Ranks:
         # Bytes, since not every backend has every dtype of fixed point.
         pieces = [torch.empty_like(padded) for _ in lengths]
         distributed.all_gather([piece.view(torch.uint8) for piece in pieces], padded.view(torch.uint8))
-        return torch.cat([piece[:length] for piece, length in zip(pieces, lengths, strict=True)]).view(*shape)
+        return torch.cat([piece[:length] for piece, length in zip(pieces, lengths, strict=True)]).view(tuple(shape))
 
     def maximum(self, value: Tensor) -> Tensor:
         """The largest of the processes' scalars."""
