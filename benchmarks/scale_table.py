@@ -1,4 +1,4 @@
-"""The table of docs/scale.md: memory and time of full training with the gate, on paper, by the formula of agcl.forecast.
+"""The table of docs/scale.md: memory and time of full training with the gate, by the formula of agcl.forecast.
 
 python benchmarks/scale_table.py
 """

@@ -2,6 +2,7 @@
 
 OMP_NUM_THREADS=1 python benchmarks/soak.py [--tasks 15] [--epochs 4]
 
+Every row counts as answered correctly, so that every task is attributed: the machinery is watched, not learning.
 Times are wall seconds of a task's training epochs and of everything between them and the next task's (attribution, the
 importance file, scoring of all tasks, which grows with their number unless only one is scored). On a machine that does
 other things as well they scatter; memory and counts do not.
@@ -23,6 +24,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from agcl import AttributionCallback, ContinualDataModule, ContinualLM, Task
+from agcl.attribution import relevance
 
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789 ?"
 
@@ -53,9 +55,11 @@ def num_hooks(module, optimizer):
     )
 
 
-def num_tensors():
+def tensor_bytes():
+    """Of all tensors that are alive; views count again."""
     gc.collect()
-    return sum(1 for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor))
+    alive = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in alive)
 
 
 class Watch(Callback):
@@ -77,7 +81,7 @@ class Watch(Callback):
                 "resident memory": resident_bytes(),
                 "hooks": num_hooks(pl_module.model, trainer.optimizers[0]),
                 "open files": num_open_files(),
-                "tensors": num_tensors(),
+                "bytes of tensors": tensor_bytes(),
             }
         )
         self._since = time.perf_counter()
@@ -125,6 +129,7 @@ def write_tasks(folder, num_tasks, epochs):
 
 def soak(num_tasks, epochs):
     """The watch of a run of so many tasks."""
+    relevance.is_correct = lambda logits, targets: True
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_model(folder / "model")
