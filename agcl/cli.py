@@ -31,6 +31,8 @@ _REMEDIES = {
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST), _PERMISSION),
 }
 
+_PLAN = "Print what memory and time a configuration would take, before anything is loaded."
+
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; an error is printed as one line (exit status 2 for wrong arguments, else 1).
@@ -64,9 +66,15 @@ def main(args: Sequence[str] | None = None) -> None:
 def _run(words: list[str], is_command_line: bool) -> int:
     if words and words[0] in commands.COMMANDS:
         return commands.run(words)
+    if words and words[0] == "plan":
+        from agcl import planning
+
+        return planning.run(words[1:])
     from agcl import lightning_cli  # seconds to import, which the other commands do without
 
-    lightning_cli.run(None if is_command_line else words, epilog=commands.help_text())
+    lightning_cli.run(
+        None if is_command_line else words, epilog=f"{commands.help_text()} Besides, `agcl plan`: {_PLAN}"
+    )
     return 0
 
 

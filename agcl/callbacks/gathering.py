@@ -10,10 +10,12 @@ from tqdm.auto import tqdm
 
 from agcl.attribution.estimators import Estimator
 from agcl.attribution.fingerprints import fingerprint
-from agcl.attribution.importance import ImportanceConfig, normalise
+from agcl.attribution.importance import ImportanceConfig, Parts, normalise
 from agcl.attribution.levels import DTYPES, Bits
 from agcl.errors import AgclError
 from agcl.evidence import check_pattern, matching_parameters, task_evidence
+from agcl.ranks import ALONE, Ranks
+from agcl.shards import check_layout, has_shards
 
 
 @dataclass
@@ -21,14 +23,17 @@ class Gathered:
     """A task's importance.
 
     Attributes:
-        importance: Parameter name to fixed point, uint8 or uint16, on the model's device.
+        importance: Parameter name to fixed point, uint8 or uint16, on the model's device; where the model's weights are
+            split over processes, this one's rows.
         num_used: Rows, answered correctly, that it rests on.
         metadata: What its file says about it (see :mod:`agcl.attribution.artefact`).
+        shapes: Of the whole tensors.
     """
 
     importance: dict[str, Tensor]
     num_used: int
     metadata: dict[str, str]
+    shapes: dict[str, tuple[int, ...]]
 
 
 @dataclass
@@ -70,8 +75,19 @@ class Gatherer:
             UnsupportedModelError: From the estimator.
         """
         evidence = task_evidence(trainer, pl_module, 0, self.parameters, self.num_samples, seed=self.seed)
+        if has_shards(pl_module.model):
+            self._check_shards(pl_module.model)
         with trainer.precision_plugin.forward_context():
             self.estimator.check(pl_module.model, evidence.parameters, next(iter(evidence.samples)))
+
+    def _check_shards(self, model: nn.Module) -> None:
+        check_layout(model)
+        if not self.estimator.scores_shards:
+            raise AgclError(
+                f"The estimator {type(self.estimator).__name__} does not score weights that are split over processes "
+                "(ModelParallelStrategy); take LRP, GradientWeight, Fisher, EmpiricalFisher, MAS, SPG, Magnitude or "
+                "Random, or `strategy: ddp`."
+            )
 
     def begin_task(self, model: nn.Module) -> None:
         """Let the estimator see the weights that a task starts from."""
@@ -90,6 +106,7 @@ class Gatherer:
         Returns:
             None if no row is answered correctly.
         """
+        ranks = Ranks.of_this_run() if self.estimator.shares_samples else ALONE
         task = pl_module.tasks[task_index].name
         rows = trainer.datamodule.training_rows(task_index) if kept is None else kept  # type: ignore[attr-defined]
         num_samples = min(self.num_samples, len(rows)) if kept is None else len(kept)
@@ -109,13 +126,17 @@ class Gatherer:
                 rows=kept,
                 per_sample=self.per_sample,
                 config=self.config,
+                ranks=ranks,
                 on_progress=bar.update,
             )
             scores = self.estimator.scores(evidence)
         if not scores:
             return None
+        is_sharded = has_shards(pl_module.model)
+        shapes = {name: tuple(p.shape) for name, p in pl_module.model.named_parameters() if name in scores}
+        parts = Parts(Ranks.of_this_run() if is_sharded else ranks, shapes, keeps_whole=not is_sharded)
         metadata = self._metadata(pl_module, task, evidence.num_used)
-        return Gathered(normalise(scores, self.config, self.bits), evidence.num_used, metadata)
+        return Gathered(normalise(scores, self.config, self.bits, parts), evidence.num_used, metadata, shapes)
 
     def _metadata(self, pl_module: Any, task: str, num_samples: int) -> dict[str, str]:
         settings = {

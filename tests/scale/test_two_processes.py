@@ -1,0 +1,75 @@
+"""DDP and FSDP2 in two processes on the CPU give what one process gives."""
+
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import attribution, build, trainer_for, weights
+
+from agcl.attribution.artefact import load_importance
+
+
+@pytest.fixture(scope="module")
+def two_processes(llama_folder, task_files, tmp_path_factory):
+    out = tmp_path_factory.mktemp("two")
+    script = Path(__file__).with_name("two_processes.py")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(script.parents[1]), str(script.parents[2])])
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    finished = subprocess.run(
+        [*launch, str(llama_folder), str(out), *map(str, task_files)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert finished.returncode == 0, "\n".join(line for line in finished.stderr.splitlines() if "[rank0]" in line)
+    return {name: torch.load(out / f"{name}.pt") for name in ("ddp", "fsdp", "resumed")}
+
+
+@pytest.fixture
+def one_process(llama_folder, task_files, tmp_path, knowing):
+    model, data = build(
+        llama_folder, task_files, batch_size=4, optimizer=partial(torch.optim.AdamW, lr=0.02, weight_decay=0.1)
+    )
+    callback = attribution(num_samples=3)
+    trainer_for(data, tmp_path, [callback]).fit(model, datamodule=data)
+    return {"weights": weights(model.model), "scores": model.score_matrices["score"].compute(), "files": callback.files}
+
+
+def test_importance_gate_and_scores_are_those_of_one_process(one_process, two_processes):
+    for name in ("ddp", "fsdp"):
+        found = two_processes[name]
+        assert torch.equal(found["scores"], one_process["scores"]), name
+        assert list(found["files"]) == list(one_process["files"])
+        for task, file in one_process["files"].items():
+            expected, metadata = load_importance(file)
+            importance, other = load_importance(found["files"][task])
+            assert other["num_samples"] == metadata["num_samples"] == "3"
+            for parameter, levels in expected.items():
+                # Sums in another order: a level may round the other way, and the weights learned are not the same bits.
+                difference = (levels.int() - importance[parameter].int()).abs()
+                assert difference.max() <= 2, (name, task, parameter)
+                assert (difference > 0).float().mean() < 0.02, (name, task, parameter)
+        # Three tasks, two of them gated: a gate that was left out or off by rows would move weights by some 0.01.
+        for parameter, expected in one_process["weights"].items():
+            assert torch.allclose(found["weights"][parameter], expected, atol=1e-3), (name, parameter)
+
+
+def test_importance_is_split_as_the_weights_are(two_processes):
+    for shape, num_entries in two_processes["fsdp"]["kept"].values():
+        rows, width = shape[0], torch.Size(shape[1:]).numel()
+        assert num_entries == -(-rows // 2) * width
+    for shape, num_entries in two_processes["ddp"]["kept"].values():
+        assert num_entries == torch.Size(shape).numel()
+
+
+def test_a_split_run_resumes_from_the_importance_files(two_processes):
+    straight, resumed = two_processes["fsdp"], two_processes["resumed"]
+    assert torch.equal(resumed["scores"], straight["scores"])
+    for parameter, expected in straight["weights"].items():
+        assert torch.equal(resumed["weights"][parameter], expected), parameter
