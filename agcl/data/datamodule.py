@@ -19,7 +19,7 @@ from agcl.data.replay import Replay, draw
 from agcl.data.sequence import Regime, TaskSequence, in_order
 from agcl.data.sources import in_folder
 from agcl.data.tasks import IGNORED_LABEL, AnswerEncoder, ScoredSplit, Task, collate
-from agcl.errors import AgclError
+from agcl.errors import AgclError, raise_any
 from agcl.models import load_config, load_tokenizer
 
 
@@ -113,20 +113,21 @@ class ContinualDataModule(LightningDataModule):
         self.trust_remote_code = trust_remote_code
         self._train_rows: list[Dataset] = []
         self._evaluations: list[tuple[int, str | None, Dataset]] = []
-        self._check_options()
+        raise_any(self._problems())
 
-    def _check_options(self) -> None:
+    def _problems(self) -> Iterator[str]:
         for task in self.tasks:
-            next(task.evaluations(self.evaluate_on))  # raises where there is no such split
+            try:
+                next(task.evaluations(self.evaluate_on))
+            except AgclError as error:  # there is no such split
+                yield from error.problems
         if self.replay is None:
             return
         if self.tasks.regime == "joint":
-            raise AgclError(
-                "`replay` has no meaning with `regime: joint`, which trains on all rows anyway: leave it out."
-            )
+            yield "`replay` has no meaning with `regime: joint`, which trains on all rows anyway: leave it out."
         num_old = len(self.tasks) - 1
         if self.replay.buffer_size is not None and self.replay.buffer_size < num_old:
-            raise AgclError(
+            yield (
                 f"`replay.buffer_size` is {self.replay.buffer_size}, but {num_old} old tasks come to share it: give at "
                 f"least {num_old}, so that each keeps a row."
             )
@@ -145,10 +146,7 @@ class ContinualDataModule(LightningDataModule):
             self._check_trainer()
         if self._train_rows:
             return
-        self.tokenizer = load_tokenizer(
-            self.model_name_or_path, gguf_file=self.gguf_file, trust_remote_code=self.trust_remote_code
-        )
-        self.encoder = AnswerEncoder(self.tokenizer, self._length_limit(), self.truncation)
+        self.load_encoder()
         train_rows, evaluations = [], []
         for index, task in enumerate(self.tasks):
             train_rows.append(self.encoder.encode_rows(task, task.train_split, task.prompt))
@@ -157,15 +155,27 @@ class ContinualDataModule(LightningDataModule):
                 evaluations.append((index, name, rows))
         self._train_rows, self._evaluations = train_rows, evaluations
 
-    def _length_limit(self) -> int:
-        context = getattr(
-            load_config(self.model_name_or_path, gguf_file=self.gguf_file, trust_remote_code=self.trust_remote_code),
-            "max_position_embeddings",
-            None,
+    def load_encoder(self) -> None:
+        """Load the tokenizer, and make of it what turns rows into tokens; no row is looked at.
+
+        Raises:
+            AgclError: If there is no such model, or ``max_length`` exceeds its context.
+        """
+        self.tokenizer = load_tokenizer(
+            self.model_name_or_path, gguf_file=self.gguf_file, trust_remote_code=self.trust_remote_code
         )
+        context = self.context_tokens()
         if self.max_length is not None and context is not None and self.max_length > context:
             raise AgclError(f"`max_length` is {self.max_length}, but the model's context has {context} tokens.")
-        return self.max_length or context or int(self.tokenizer.model_max_length)
+        limit = self.max_length or context or int(self.tokenizer.model_max_length)
+        self.encoder = AnswerEncoder(self.tokenizer, limit, self.truncation)
+
+    def context_tokens(self) -> int | None:
+        """Length of the model's context, as its configuration states it, if it does."""
+        config = load_config(
+            self.model_name_or_path, gguf_file=self.gguf_file, trust_remote_code=self.trust_remote_code
+        )
+        return getattr(config, "max_position_embeddings", None)
 
     def _check_trainer(self) -> None:
         trainer = self.trainer

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import datasets
 from datasets import ClassLabel, Dataset, ReadInstruction, concatenate_datasets
 
-from agcl.errors import AgclError
+from agcl.errors import AgclError, raise_any
 
 if TYPE_CHECKING:
     from agcl.data.tasks import Task
@@ -64,12 +64,12 @@ def load_rows(task: Task, split: str, columns: Sequence[str]) -> Dataset:
             raise AgclError(
                 f"Task `{task.name}`: split `{split}` of {task.source} cannot be loaded: {reason}"
             ) from error
-    for column in columns:
-        if column not in rows.column_names:
-            raise AgclError(
-                f"Task `{task.name}`: there is no column `{column}` in {task.source}; "
-                f"its columns are {', '.join(rows.column_names)}."
-            )
+    raise_any(
+        f"Task `{task.name}`: there is no column `{column}` in {task.source}; "
+        f"its columns are {', '.join(rows.column_names)}."
+        for column in columns
+        if column not in rows.column_names
+    )
     if task.drop_empty:
         texts = [rows[column][:] for column in columns]
         rows = rows.select([i for i, row in enumerate(zip(*texts, strict=True)) if not any(map(is_empty, row))])
