@@ -12,10 +12,12 @@ from jsonargparse import ArgumentParser, Namespace
 from agcl.commands.check_model import check_model
 from agcl.commands.compare_methods import compare_methods
 from agcl.commands.importance import compare, merge, show
+from agcl.commands.init import init
 
 Command = Callable[..., int | None]
 
 COMMANDS: dict[str, Command | dict[str, Any]] = {
+    "init": init,
     "importance": {
         "_help": "Show, merge and compare importance files.",
         "show": show,

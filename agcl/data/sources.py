@@ -31,7 +31,7 @@ def in_folder(task: Task, folder: str) -> Task:
         raise AgclError(f"`data_dir` is {folder}, which is not a folder: name the one that holds the tasks' files.")
 
     def located(source: str) -> str:
-        is_file = _builder_suffix(source) is not None and not source.startswith(("builtin:", "~"))
+        is_file = builder_suffix(source) is not None and not source.startswith(("builtin:", "~"))
         return str(root / source) if is_file else source
 
     if isinstance(task.source, str):
@@ -107,7 +107,7 @@ def _fulfilling(task: Task, rows: Dataset) -> Dataset:
     return rows.select(indices)
 
 
-def _builder_suffix(source: str) -> str | None:
+def builder_suffix(source: str) -> str | None:
     """The suffix that says how a file is to be read; None if ``source`` is no file."""
     return next((suffix for suffix in reversed(Path(source).suffixes) if suffix in _BUILDERS), None)
 
@@ -122,7 +122,7 @@ def _load_arguments(task: Task) -> dict[str, Any]:
             names = sorted(str(p.relative_to(BUILTIN_FOLDER).with_suffix("")) for p in BUILTIN_FOLDER.glob("*/*.jsonl"))
             raise AgclError(f"Task `{task.name}`: there is no `{first}`; built in are {', '.join(names)}.")
         return {"path": "json", "data_files": {"train": str(path)}}
-    suffix = _builder_suffix(first)
+    suffix = builder_suffix(first)
     if suffix is None:
         if first.startswith((".", "/", "~")) and not Path(first).expanduser().exists():
             raise AgclError(f"Task `{task.name}`: {first} does not exist.")
