@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from agcl import commands
 from agcl.errors import AgclError
 
+_PLAN = "Print what memory and time a configuration would take, before anything is loaded."
+
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; errors that a user can mend are printed as one line, exit status 1."""
@@ -13,10 +15,14 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         if words and words[0] in commands.COMMANDS:
             status = commands.run(words)
+        elif words and words[0] == "plan":
+            from agcl import planning
+
+            status = planning.run(words[1:])
         else:
             from agcl import lightning_cli  # seconds to import, which the other commands do without
 
-            lightning_cli.run(args, epilog=commands.help_text())
+            lightning_cli.run(args, epilog=f"{commands.help_text()} Besides, `agcl plan`: {_PLAN}")
             status = 0
     except (ValueError, OSError) as error:
         # What the operating system says (no space left, permission denied) names its file already.

@@ -7,7 +7,8 @@ from timeit import Timer
 from typing import Any
 
 import torch
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
 
 from agcl.callbacks import ContinualMonitor, ContinualReport, TaskProgressBar
@@ -96,3 +97,45 @@ def run(args: Sequence[str] | None, epilog: str) -> None:
         trainer_defaults={"callbacks": [TaskProgressBar(), ContinualReport(), ContinualMonitor()]},
         parser_kwargs={"prog": "agcl", "epilog": epilog, "fit": {"prog": "agcl fit"}},
     )
+
+
+class FitConfiguration(AgclCLI):
+    """Reads what ``agcl fit`` would be given into ``config``, and builds nothing of it.
+
+    Args:
+        args: Words of the command line: ``--config FILE`` and single options.
+        prog: The command's name, for its help.
+        description: What the command does, for its help.
+        options: A dataclass of further options that the command takes; its docstring is their help.
+    """
+
+    def __init__(self, args: Sequence[str], *, prog: str, description: str, options: type | None = None) -> None:
+        self._args, self._options = list(args), options
+        super().__init__(
+            ContinualLM,
+            ContinualDataModule,
+            run=False,
+            save_config_callback=None,
+            parser_kwargs={"prog": prog, "description": description},
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The command's own options, and those that ``fit`` has beside the constructors' (configurations hold them)."""
+        super().add_arguments_to_parser(parser)
+        # A run's `config.yaml` holds these.
+        parser.add_method_arguments(
+            Trainer, "fit", skip={"model", "train_dataloaders", "val_dataloaders", "datamodule"}
+        )
+        if self._options is not None:
+            parser.add_class_arguments(self._options)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse, and leave the random state alone."""
+        self.config = parser.parse_args(self._args)  # Lightning's own method warns of arguments that are given
+        self.config.seed_everything = False
+
+    def before_instantiate_classes(self) -> None:
+        """Leave the configuration as it is given."""
+
+    def instantiate_classes(self) -> None:
+        """Build nothing."""

@@ -1,0 +1,295 @@
+"""``agcl plan --config ...``: memory and time of a run, before anything is loaded."""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib import import_module
+from typing import Any, Literal
+
+import torch
+from peft import get_peft_config, get_peft_model
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from agcl.callbacks import AttributionCallback
+from agcl.data.sequence import Regime
+from agcl.errors import AgclError
+from agcl.forecast import MACHINES, Forecast, Machine, ModelSize, Precision, Settings, Work, forecast
+from agcl.lightning_cli import FitConfiguration
+from agcl.models import load_config
+
+DESCRIPTION = "Print what memory and time `agcl fit` with this configuration would take; nothing is loaded."
+
+_PRECISIONS: dict[str, Precision] = {
+    "32": "32",
+    "32-true": "32",
+    "bf16": "bf16",
+    "bf16-true": "bf16",
+    "16-true": "bf16",
+}
+_PROBE_ENTRIES = 64  # rows and columns of the parameter that an optimizer's state is counted on
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What a configuration does not say.
+
+    Args:
+        machine: Each device; left out, cpu where the Trainer's accelerator is, or no GPU is found, else h100.
+        rows: Training rows of a task.
+        tokens: Tokens of a row.
+        answer_tokens: Tokens of the answers among them.
+        read_data: Read and encode the tasks' data, and take rows and tokens from there.
+    """
+
+    machine: Literal["cpu", "a100", "h100"] | None = None
+    rows: int = 1000
+    tokens: int = 128
+    answer_tokens: int = 16
+    read_data: bool = False
+
+
+def run(args: Sequence[str]) -> int:
+    """Print the forecast of the configuration that the arguments give; the exit status: 1 if it does not fit."""
+    cli = FitConfiguration(args, prog="agcl plan", description=DESCRIPTION, options=Assumptions)
+    machine = _machine(cli.config)
+    size = model_size(cli.config.model, _attribution(cli.config))
+    settings = read_settings(cli.config, machine)
+    work = _read_work(cli) if cli.config.read_data else read_work(cli.config, settings.devices)
+    found = forecast(size, settings, work, machine)
+    console = Console(highlight=False)
+    console.print(_summary(size, settings, work, machine, is_read=cli.config.read_data), soft_wrap=True)
+    for table in _tables(found, machine):
+        console.print(table)
+    fits = machine.memory is None or found.peak_bytes <= machine.memory
+    if not fits:
+        console.print(
+            "It does not fit. More devices under ModelParallelStrategy, fewer rows, or an adapter would help."
+        )
+    return 0 if fits else 1
+
+
+def model_size(model: Any, callback: Any) -> ModelSize:
+    """Count a model's weights from its configuration alone, on the meta device.
+
+    Args:
+        model: The arguments of ``ContinualLM``.
+        callback: Those of ``AttributionCallback``; None if there is none.
+
+    Raises:
+        AgclError: If the configuration cannot be loaded, or no model built from it.
+    """
+    config = load_config(model.model_name_or_path, gguf_file=model.gguf_file, trust_remote_code=model.trust_remote_code)
+    try:
+        with torch.device("meta"):
+            built: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
+            if model.adapter is not None:
+                built = get_peft_model(built, get_peft_config({"task_type": "CAUSAL_LM", **model.adapter}))
+    except Exception as error:  # transformers and PEFT raise many types
+        reason = " ".join(str(error).split())[:300]
+        raise AgclError(
+            f"No model can be built from the configuration of `{model.model_name_or_path}`: {reason}"
+        ) from error
+    text = config.get_text_config()
+    inner = getattr(text, "moe_intermediate_size", None) or getattr(text, "intermediate_size", None)
+    inner = inner or getattr(text, "n_inner", None) or 4 * text.hidden_size
+    gated = {} if callback is None else _gated(built, callback.get("parameters", ""))
+    return ModelSize(
+        weights=sum(parameter.numel() for parameter in built.parameters()),
+        trained=sum(parameter.numel() for parameter in built.parameters() if parameter.requires_grad),
+        gated=sum(gated.values()),
+        largest=max(gated.values(), default=0),
+        layers=text.num_hidden_layers,
+        width=text.hidden_size,
+        inner=inner * (getattr(text, "num_experts_per_tok", None) or 1),
+        vocabulary=text.vocab_size,
+    )
+
+
+def _gated(model: nn.Module, pattern: str) -> dict[str, int]:
+    """Name -> number of entries of the parameters that get importance."""
+    named = model.named_parameters()
+    return {name: p.numel() for name, p in named if p.requires_grad and re.search(pattern, name)}
+
+
+def read_settings(config: Any, machine: Machine) -> Settings:
+    """Precision, strategy, devices, optimizer and gate of a configuration.
+
+    Args:
+        config: Of ``agcl fit``.
+        machine: On which ``precision`` is chosen where the configuration leaves it out.
+    """
+    trainer, callback = config.trainer, _attribution(config)
+    default: Precision = "32" if machine is MACHINES["cpu"] else "bf16-mixed"
+    precision: Precision = (
+        default if trainer.precision is None else _PRECISIONS.get(str(trainer.precision), "bf16-mixed")
+    )
+    settings = Settings(
+        precision=precision,
+        strategy="fsdp" if re.search("ModelParallel|fsdp|deepspeed", _name_of(trainer.strategy), re.I) else "ddp",
+        devices=_num_devices(trainer.devices) * trainer.num_nodes,
+        state_bytes=_state_bytes(config.model.optimizer, torch.bfloat16 if precision == "bf16" else torch.float32),
+        gate=callback is not None,
+        gradient_checkpointing=config.model.gradient_checkpointing,
+    )
+    if callback is None:
+        return settings
+    each = callback.get("importance_bits", 8) // 8
+    merged = each if callback.get("merge", "maximum") == "maximum" else 3 * each
+    importance = callback.get("importance") or {}
+    top_k = importance.get("top_k")
+    return replace(
+        settings,
+        importance_bytes=merged + (each if callback.get("control", "none") == "shuffled" else 0),
+        importance_on_host=callback.get("importance_on", "device") == "host",
+        aggregation="mean" if top_k is None else importance.get("top_k_method", "blocks"),
+        top_k=top_k or 1,
+    )
+
+
+def read_work(config: Any, devices: int) -> Work:
+    """Tasks, steps and rows of a configuration, of whose data nothing is known but what it assumes."""
+    data, accumulate = config.data, config.trainer.accumulate_grad_batches
+    epochs = [getattr(task, "init_args", task).epochs for task in data.tasks]
+    batches = math.ceil(math.ceil(config.rows / devices) / data.batch_size)
+    return _work(
+        config,
+        steps=math.ceil(batches / accumulate) * sum(epochs),
+        rows=min(data.batch_size, math.ceil(config.rows / devices)),
+        tokens=config.tokens,
+        answer_tokens=config.answer_tokens,
+    )
+
+
+def _read_work(cli: FitConfiguration) -> Work:
+    """Tasks, steps and rows as the data module will serve them."""
+    datamodule = cli.parser.instantiate(cli.config).data
+    datamodule.setup()
+    config, world = cli.config, _num_devices(cli.config.trainer.devices) * cli.config.trainer.num_nodes
+    accumulate = config.trainer.accumulate_grad_batches
+    lengths: list[int] = []
+    answers: list[int] = []
+    steps = 0
+    for epoch in range(datamodule.tasks.total_epochs):
+        rows = datamodule.rows_at(epoch)
+        lengths += [len(ids) for ids in rows["input_ids"]]
+        answers += [sum(label >= 0 for label in labels) for labels in rows["labels"]]
+        steps += math.ceil(math.ceil(math.ceil(len(rows) / world) / config.data.batch_size) / accumulate)
+    return _work(
+        config,
+        steps=steps,
+        rows=min(config.data.batch_size, len(lengths)),
+        tokens=sum(lengths) / len(lengths),
+        longest=max(lengths),
+        answer_tokens=max(answers),
+    )
+
+
+def _work(config: Any, **found: Any) -> Work:
+    callback = _attribution(config)
+    given = {} if callback is None else callback
+    regime: Regime = config.data.regime
+    return Work(
+        num_tasks=1 if regime == "joint" else len(config.data.tasks),
+        micro_batches=config.trainer.accumulate_grad_batches,
+        samples=given.get("num_samples", 16),
+        attributed_rows=given.get("batch_size") or config.data.batch_size,
+        **found,
+    )
+
+
+def _attribution(config: Any) -> Any:
+    """The arguments of the configuration's AttributionCallback, None if there is none."""
+    for callback in config.trainer.callbacks or []:
+        if issubclass(_class_of(callback.class_path), AttributionCallback):
+            return callback.get("init_args") or {}
+    return None
+
+
+def _class_of(path: str) -> type:
+    module, _, name = path.rpartition(".")
+    return getattr(import_module(module), name)
+
+
+def _name_of(strategy: Any) -> str:
+    return strategy if isinstance(strategy, str) else str(strategy.class_path)
+
+
+def _num_devices(devices: Any) -> int:
+    """Of one node; ``auto`` counts what is here."""
+    if devices in ("auto", -1, "-1"):
+        return max(torch.cuda.device_count(), 1)
+    if isinstance(devices, (list, tuple)):
+        return len(devices)
+    return len(devices.split(",")) if isinstance(devices, str) and "," in devices else int(devices)
+
+
+def _machine(config: Any) -> Machine:
+    if config.machine is not None:
+        return MACHINES[config.machine]
+    is_cpu = config.trainer.accelerator == "cpu" or (
+        config.trainer.accelerator == "auto" and not torch.cuda.is_available()
+    )
+    return MACHINES["cpu" if is_cpu else "h100"]
+
+
+def _state_bytes(optimizer: Any, dtype: torch.dtype) -> float:
+    """Bytes of state per weight, counted after a step on a small matrix; AdamW's where the class is not named."""
+    parameter = nn.Parameter(torch.ones(_PROBE_ENTRIES, _PROBE_ENTRIES, dtype=dtype))
+    named: Any = {"class_path": "torch.optim.AdamW"} if optimizer is None else optimizer
+    options = dict(named.get("init_args") or {})
+    made: Any = _class_of(named["class_path"])([parameter], **options)
+
+    def closure() -> torch.Tensor:
+        made.zero_grad()
+        loss = parameter.square().sum()
+        loss.backward()
+        return loss
+
+    made.step(closure)
+    tensors = [value for state in made.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
+    held = sum(value.numel() * value.element_size() for value in tensors if value.numel() > 1)
+    return float(held) / parameter.numel()
+
+
+# --------------------------------------------------------------------- printing
+
+
+def _summary(size: ModelSize, settings: Settings, work: Work, machine: Machine, is_read: bool) -> str:
+    speeds = "measured" if machine.is_measured else "assumed from its data sheet; nothing was measured on a GPU"
+    source = "as read" if is_read else "assumed (--rows, --tokens, --answer_tokens; --read_data true reads them)"
+    return (
+        f"{size.weights:,} weights, {size.trained:,} trained, {size.gated:,} gated; {settings.precision}, "
+        f"{settings.strategy} on {settings.devices} x {machine.name}; speeds {speeds}.\n"
+        f"{work.num_tasks} tasks, {work.steps:,} steps of {work.micro_batches} x {work.rows} rows on each device; "
+        f"{work.tokens:.0f} tokens a row, {source}."
+    )
+
+
+def _tables(found: Forecast, machine: Machine) -> list[Table]:
+    memory = _table("Memory on each device", "GB")
+    for label, part in (("", found.kept), ("training step: ", found.training), ("task boundary: ", found.boundary)):
+        for name, size in part.items():
+            memory.add_row(label + name, f"{size / 1e9:.2f}")
+    limit = "" if machine.memory is None else f" of {machine.memory / 1e9:.0f}"
+    memory.add_row("largest at once", f"{found.peak_bytes / 1e9:.2f}{limit}")
+    for name, size in found.host.items():
+        memory.add_row(f"host memory: {name}", f"{size / 1e9:.2f}")
+    for name, size in found.files.items():
+        memory.add_row(f"on disk: {name}", f"{size / 1e9:.2f}")
+    seconds = _table("Time, without scoring", "seconds")
+    for name, value in found.seconds.items():
+        seconds.add_row(name, f"{value:,.0f}")
+    seconds.add_row("all", f"{found.total_seconds:,.0f}")
+    return [memory, seconds]
+
+
+def _table(title: str, unit: str) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE)
+    table.add_column("")
+    table.add_column(unit, justify="right")
+    return table

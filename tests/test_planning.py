@@ -1,0 +1,96 @@
+"""`agcl plan` on a configuration of the user's own."""
+
+import pytest
+import torch
+from conftest import tiny_config
+from helpers import write_config
+from transformers import AutoModelForCausalLM
+
+from agcl import planning
+from agcl.cli import main
+from agcl.forecast import MACHINES
+from agcl.lightning_cli import FitConfiguration
+
+LORA = {"peft_type": "LORA", "r": 4, "target_modules": "all-linear"}
+
+
+def configuration(path, *options):
+    return FitConfiguration(
+        ["--config", str(path), *options], prog="agcl plan", description="", options=planning.Assumptions
+    ).config
+
+
+@pytest.mark.parametrize("adapter", [None, LORA])
+def test_weights_are_counted_without_the_checkpoint(llama_folder, task_files, tmp_path, adapter):
+    folder = tmp_path / "configuration_alone"
+    folder.mkdir()
+    (folder / "config.json").write_text((llama_folder / "config.json").read_text())
+    config = configuration(write_config(folder, task_files, tmp_path, model__adapter=adapter))
+    size = planning.model_size(config.model, planning._attribution(config))
+    weights = sum(p.numel() for p in AutoModelForCausalLM.from_config(tiny_config("llama")).parameters())
+    if adapter is None:
+        assert (size.weights, size.trained, size.gated) == (weights, weights, weights)
+        assert size.largest == size.vocabulary * size.width  # the embedding, tied to the head
+    else:
+        # r * (inputs + outputs) of q, k, v, o and the three maps of the MLP, in two layers
+        added = 4 * 2 * (32 + 24 + 24 + 32 + 3 * 48)
+        assert (size.weights, size.trained, size.gated) == (weights + added, added, added)
+    assert (size.layers, size.width, size.inner) == (2, 16, 32)
+
+
+def test_only_named_parameters_count_as_gated(llama_folder, task_files, tmp_path):
+    callbacks = [{"class_path": "agcl.AttributionCallback", "init_args": {"parameters": "up_proj"}}]
+    config = configuration(write_config(llama_folder, task_files, tmp_path, trainer__callbacks=callbacks))
+    assert planning.model_size(config.model, planning._attribution(config)).gated == 2 * 16 * 32
+    without = configuration(write_config(llama_folder, task_files, tmp_path, trainer__callbacks=[]))
+    assert planning.model_size(without.model, planning._attribution(without)).gated == 0
+    assert not planning.read_settings(without, MACHINES["cpu"]).gate
+
+
+def test_settings_are_read_from_the_configuration(llama_folder, task_files, tmp_path):
+    options = {"importance_bits": 16, "merge": "mean", "control": "shuffled", "importance": {"top_k": 8}}
+    path = write_config(
+        llama_folder,
+        task_files,
+        tmp_path,
+        trainer__callbacks=[{"class_path": "agcl.AttributionCallback", "init_args": options}],
+        trainer__precision="bf16-true",
+        trainer__strategy={"class_path": "lightning.pytorch.strategies.ModelParallelStrategy"},
+        trainer__devices=2,
+        trainer__num_nodes=4,
+        trainer__accumulate_grad_batches=2,
+    )
+    config = configuration(path, "--rows", "100")
+    settings = planning.read_settings(config, MACHINES["h100"])
+    assert (settings.precision, settings.strategy, settings.devices, settings.shards) == ("bf16", "fsdp", 8, 8)
+    assert settings.state_bytes == 4  # two bfloat16 moments
+    assert settings.importance_bytes == 8  # merge 4, gate 2, its shuffled copy 2
+    assert (settings.aggregation, settings.top_k) == ("blocks", 8)
+    work = planning.read_work(config, settings.devices)
+    # 100 rows on 8 devices are 13 each: 7 batches of 2, 4 steps; three tasks of 30 epochs.
+    assert (work.num_tasks, work.steps, work.micro_batches, work.rows, work.samples) == (3, 4 * 90, 2, 2, 16)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "state_bytes"),
+    [("SGD", {"lr": 0.1}, 0), ("SGD", {"lr": 0.1, "momentum": 0.9}, 4), ("Adam", {"amsgrad": True}, 12)],
+)
+def test_the_optimizers_state_is_counted(name, options, state_bytes):
+    named = {"class_path": f"torch.optim.{name}", "init_args": options}
+    assert planning._state_bytes(named, torch.float32) == state_bytes
+
+
+def test_the_command_prints_the_plan_and_loads_nothing(llama_folder, task_files, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("weights were loaded"))
+    path = write_config(llama_folder, task_files, tmp_path)
+    state = torch.get_rng_state()
+    main(["plan", "--config", str(path)])
+    assert torch.equal(torch.get_rng_state(), state)
+    output = capsys.readouterr().out
+    assert "nothing was measured on a GPU" not in output  # the Trainer's accelerator is the CPU
+    assert "assumed (--rows" in output
+    main(["plan", "--config", str(path), "--read_data", "true", "--machine", "h100"])
+    output = capsys.readouterr().out
+    assert "nothing was measured on a GPU" in output
+    assert "180 steps of 1 x 2 rows" in output  # three tasks of four rows, 30 epochs
+    assert "; 9 tokens a row, as read" in output  # "cat 0?", " a" and the end
