@@ -4,8 +4,9 @@ import sys
 from collections.abc import Sequence
 
 from agcl import commands
-from agcl.errors import AgclError
+from agcl.errors import user_error
 
+_CHECK = "Show what a configuration's rows look like to the model, a forecast, and every problem, without training."
 _PLAN = "Print what memory and time a configuration would take, before anything is loaded."
 
 
@@ -15,6 +16,10 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         if words and words[0] in commands.COMMANDS:
             status = commands.run(words)
+        elif words and words[0] == "check":
+            from agcl.checking import command
+
+            status = command.run(words[1:])
         elif words and words[0] == "plan":
             from agcl import planning
 
@@ -22,20 +27,15 @@ def main(args: Sequence[str] | None = None) -> None:
         else:
             from agcl import lightning_cli  # seconds to import, which the other commands do without
 
-            lightning_cli.run(args, epilog=f"{commands.help_text()} Besides, `agcl plan`: {_PLAN}")
+            lightning_cli.run(
+                args, epilog=f"{commands.help_text()} Besides, `agcl check`: {_CHECK} Besides, `agcl plan`: {_PLAN}"
+            )
             status = 0
     except (ValueError, OSError) as error:
         # What the operating system says (no space left, permission denied) names its file already.
-        user_error = error if isinstance(error, OSError) else _user_error(error)
-        if user_error is None:
+        shown = error if isinstance(error, OSError) else user_error(error)
+        if shown is None:
             raise
-        sys.exit(f"agcl: error: {user_error}")
+        sys.exit(f"agcl: error: {shown}")
     if status:
         sys.exit(status)
-
-
-def _user_error(error: BaseException | None) -> AgclError | None:
-    """The error of ours behind one that the parser raised while it built an object from its configuration."""
-    while error is not None and not isinstance(error, AgclError):
-        error = error.__cause__ or error.__context__
-    return error

@@ -33,3 +33,10 @@ def raise_any(problems: Iterable[str]) -> None:
     """
     if found := tuple(problems):
         raise AgclError(*found)
+
+
+def user_error(error: BaseException | None) -> AgclError | None:
+    """The error of ours behind one that a parser raised while it built an object from its configuration."""
+    while error is not None and not isinstance(error, AgclError):
+        error = error.__cause__ or error.__context__
+    return error

@@ -63,18 +63,21 @@ class Gatherer:
         except re.error as error:
             raise AgclError(f"`parameters` is not a regular expression: {self.parameters!r} ({error}).") from error
 
-    def check(self, trainer: Trainer, pl_module: Any) -> None:
+    def check(self, model: nn.Module, sample: Sample) -> None:
         """Check, before anything is trained, that there are parameters to score and the estimator sees into the model.
+
+        Args:
+            model: The model.
+            sample: One of the first task's, answered right or wrong.
 
         Raises:
             AgclError: If ``parameters`` matches none.
             UnsupportedModelError: From the estimator.
         """
-        names = self.parameter_names(pl_module.model)
+        names = self.parameter_names(model)
         if not names:
             raise AgclError(f"`parameters` {self.parameters!r} matches no trainable parameter of the model.")
-        with trainer.precision_plugin.forward_context():
-            self.estimator.check(pl_module.model, names, next(self._samples(trainer, pl_module, 0)))
+        self.estimator.check(model, names, sample)
 
     def begin_task(self, model: nn.Module) -> None:
         """Let the estimator see the weights that a task starts from."""
@@ -95,7 +98,7 @@ class Gatherer:
         """
         task = pl_module.tasks[task_index].name
         if kept is None:
-            samples = self._samples(trainer, pl_module, task_index)
+            samples = self.samples(trainer, pl_module, task_index)
             num_rows = len(trainer.datamodule.training_rows(task_index))  # type: ignore[attr-defined]
             num_samples = min(self.num_samples, num_rows)
         else:
@@ -127,7 +130,8 @@ class Gatherer:
         named = model.named_parameters()
         return [name for name, parameter in named if parameter.requires_grad and re.search(self.parameters, name)]
 
-    def _samples(self, trainer: Trainer, pl_module: Any, task_index: int) -> Iterator[Sample]:
+    def samples(self, trainer: Trainer, pl_module: Any, task_index: int) -> Iterator[Sample]:
+        """A task's training rows in a fixed random order, as samples."""
         datamodule = trainer.datamodule  # type: ignore[attr-defined]
         return training_samples(datamodule, task_index, seed=self.seed, device=pl_module.device)
 

@@ -80,25 +80,29 @@ def _show(console: Console, draft: "Draft", title: str) -> None:
     files = [task.source] if isinstance(task.source, str) else list(task.source.values())
     console.print(Text.assemble((f"\n{title}: {task.name}", "bold"), f"  {', '.join(files)}"), soft_wrap=True)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    table.add_column("column", no_wrap=True, overflow="ellipsis", max_width=20)
-    table.add_column("distinct", justify="right", no_wrap=True)
-    table.add_column("taken for", no_wrap=True)
-    table.add_column("first value", no_wrap=True, overflow="ellipsis")
-    for column in draft.columns:
-        table.add_row(
+    rows = [
+        (
             Text(column.name),
-            f"{len(column.counts)} of {column.num_values}",
+            Text(f"{len(column.counts)} of {column.num_values}"),
             Text.assemble((column.role, _ROLE_STYLES[column.role]), f": {column.reason}"),
             Text(" ".join(column.example.split())),
         )
+        for column in draft.columns
+    ]
+    for place, heading in enumerate(("column", "distinct", "taken for", "first value")):
+        widest = max(row[place].cell_len for row in rows)
+        least = min(widest, 20) if place < 2 else widest if heading == "taken for" else 8
+        table.add_column(heading, no_wrap=True, overflow="ellipsis", min_width=max(least, len(heading)))
+    for row in rows:
+        table.add_row(*row)
     console.print(table)
-    rows = [("prompt", repr(task.prompt)), ("answer", repr(task.answer)), ("scored by", task.metric)]
+    facts = [("prompt", repr(task.prompt)), ("answer", repr(task.answer)), ("scored by", task.metric)]
     if task.labels is not None:
         shares = [f"{label} ({draft.answer.counts[label]})" for label in task.labels]
-        rows.append(("labels", ", ".join(shares)))
-    rows.append(("rows", _rows_text(draft)))
-    rows += [("note", note) for note in draft.notes]
-    console.print(_facts(rows))
+        facts.append(("labels", ", ".join(shares)))
+    facts.append(("rows", _rows_text(draft)))
+    facts += [("note", note) for note in draft.notes]
+    console.print(_facts(facts))
 
 
 def _rows_text(draft: "Draft") -> str:

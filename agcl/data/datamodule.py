@@ -143,7 +143,7 @@ class ContinualDataModule(LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Load, check and encode all tasks; check that the Trainer runs all of them."""
         if self.trainer is not None and stage == "fit":
-            self._check_trainer()
+            self.check_trainer(self.trainer)
         if self._train_rows:
             return
         self.load_encoder()
@@ -177,12 +177,14 @@ class ContinualDataModule(LightningDataModule):
         )
         return getattr(config, "max_position_embeddings", None)
 
-    def _check_trainer(self) -> None:
-        trainer = self.trainer
-        if trainer.fast_dev_run:  # type: ignore[union-attr]
-            return
-        if trainer.val_check_interval != 1.0 or trainer.limit_val_batches == 0:  # type: ignore[union-attr]
-            raise AgclError(
+    def check_trainer(self, trainer: Any) -> None:
+        """Raise if a Trainer would not run all tasks, or not score them on all rows."""
+        if not trainer.fast_dev_run:
+            raise_any(self._trainer_problems(trainer))
+
+    def _trainer_problems(self, trainer: Any) -> Iterator[str]:
+        if trainer.val_check_interval != 1.0 or trainer.limit_val_batches == 0:
+            yield (
                 "Tasks are scored at their end, on all rows: leave the Trainer's `val_check_interval` at 1.0 and give "
                 "`limit_val_batches` a value above 0."
             )
@@ -191,7 +193,7 @@ class ContinualDataModule(LightningDataModule):
             if wanted == -1:  # the Trainer keeps "all" as infinity
                 wanted = float("inf")
             if value != wanted:
-                raise AgclError(
+                yield (
                     f"The Trainer's `{name}` is {value}, but learning these tasks needs {wanted}: "
                     "build it as `Trainer(**data.trainer_arguments(), ...)`, or leave it out on the command line."
                 )

@@ -157,6 +157,11 @@ def template_columns(template: str) -> list[str]:
     return [name for name in _fields(template) if name]
 
 
+def columns_of(task: Task, prompt: str) -> list[str]:
+    """Names of the columns that a task's rows need under a prompt template."""
+    return list(dict.fromkeys([*template_columns(prompt), *template_columns(task.answer)]))
+
+
 def _is_template(template: str) -> bool:
     try:
         return all(name and name.isidentifier() for name in _fields(template)) and bool(template_columns(template))
@@ -218,7 +223,7 @@ class AnswerEncoder:
             AgclError: As :func:`load_rows`; also for an empty or missing value, a label outside the declared set and a
                 row that is too long. Names task and row.
         """
-        rows = self.load_rows(task, split, prompt)
+        rows = load_rows(task, split, columns_of(task, prompt))
         named = class_names(rows)
 
         def encode(row: dict[str, Any], index: int) -> dict[str, Any]:
@@ -227,10 +232,6 @@ class AnswerEncoder:
 
         with quiet_datasets():
             return rows.map(encode, with_indices=True, remove_columns=rows.column_names, load_from_cache_file=False)
-
-    def load_rows(self, task: Task, split: str, prompt: str) -> Dataset:
-        """Load one split, with the columns that prompt and answer need; raises as :func:`load_rows`."""
-        return load_rows(task, split, list(dict.fromkeys([*template_columns(prompt), *template_columns(task.answer)])))
 
     def tokenise(self, task: Task, row: Mapping[str, Any], prompt: str, where: str) -> TokenisedRow:
         """Prompt and answer of a row in tokens, whatever their length.
@@ -244,10 +245,9 @@ class AnswerEncoder:
         Raises:
             AgclError: For each empty or missing value, or for a label outside the declared set.
         """
-        columns = dict.fromkeys([*template_columns(prompt), *template_columns(task.answer)])
         raise_any(
             f"Task `{task.name}`: column `{column}` is empty in {where}; `drop_empty` leaves such rows out."
-            for column in columns
+            for column in columns_of(task, prompt)
             if is_empty(row[column])
         )
         answer = task.answer.format(**row)
