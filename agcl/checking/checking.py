@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,10 +16,11 @@ from agcl import planning
 from agcl.attribution.artefact import ImportanceFile
 from agcl.callbacks import AttributionCallback
 from agcl.checking.configuration import LenientConfiguration, build
-from agcl.checking.earlier import find_earlier, plasticity_left
+from agcl.checking.earlier import Earlier, find_earlier, plasticity_left
 from agcl.checking.rows import SplitCheck, check_splits, notes_on
 from agcl.checking.trial import try_estimator
 from agcl.data.datamodule import ContinualDataModule
+from agcl.data.sequence import order_problems
 from agcl.data.tasks import Task
 from agcl.errors import AgclError
 from agcl.forecast import Forecast, Machine, ModelSize, Settings, Work, forecast
@@ -99,7 +100,11 @@ class Check:
         try:
             yield
         except AgclError as error:
-            self.problems += [problem for problem in error.problems if problem not in self.problems]
+            self.add(error.problems)
+
+    def add(self, problems: Iterable[str]) -> None:
+        """Take down what is new of some problems."""
+        self.problems = list(dict.fromkeys([*self.problems, *problems]))
 
 
 def check(cli: LenientConfiguration) -> Check:
@@ -139,7 +144,9 @@ def _datamodule(found: Check, config: Any) -> ContinualDataModule | None:
     values = {**config.data.as_dict(), "tasks": [options.as_dict() for options in usable]}
     if not usable:
         return None
-    if len(usable) < len(config.data.tasks):
+    if len(usable) < len(config.data.tasks) and config.data.order is not None:
+        names = [getattr(options, "init_args", options).name for options in config.data.tasks]
+        found.add(order_problems(names, config.data.order))
         values["order"] = None  # it names the others too
     data = None
     with found.collecting():
@@ -174,8 +181,11 @@ def _trainer(found: Check, config: Any, data: ContinualDataModule | None) -> Non
     log.setLevel(logging.ERROR)  # what hardware is there is not the question
     try:
         with found.collecting():
-            trainer = build(Trainer, {**config.trainer.as_dict(), "callbacks": None, "logger": False})
-            if data is not None and len(data.tasks) == len(config.data.tasks):
+            values = {**config.trainer.as_dict(), "callbacks": None, "logger": False}
+            if data is not None and len(data.tasks) < len(config.data.tasks):
+                values["max_epochs"] = data.tasks.total_epochs  # it counts the others' too
+            trainer = build(Trainer, values)
+            if data is not None:
                 data.check_trainer(trainer)
     finally:
         log.setLevel(level)
@@ -211,7 +221,7 @@ def _rows(found: Check, config: Any, data: ContinualDataModule, model: Any) -> N
     found.max_length = None if encoder is None else encoder.max_length
     for task in data.tasks:
         splits = check_splits(task, encoder, data.evaluate_on, config.rows)
-        found.problems += [p for split in splits for p in split.problems if p not in found.problems]
+        found.add(problem for split in splits for problem in split.problems)
         found.tasks.append(TaskCheck(task, splits, list(notes_on(task, splits))))
     largest = max((split.largest_id for each in found.tasks for split in each.splits), default=-1)
     if model is not None and largest >= model.get_input_embeddings().num_embeddings:
@@ -256,16 +266,25 @@ def _plasticity(found: Check, config: Any, model: Any) -> None:
     with found.collecting():
         earlier = find_earlier(config)
         found.origin = earlier.origin
-        before: list[ImportanceFile] = []
-        for each in found.tasks:
-            each.earlier = [file.metadata.get("task", "") for file in before]
-            if before:
-                each.plasticity = plasticity_left(before, options, model.named_parameters())
-            if each.task.name in earlier.files:
-                before.append(earlier.files[each.task.name])
-        unknown = [name for name in earlier.files if name not in {each.task.name for each in found.tasks}]
-        if unknown:
-            found.notes.append(f"Importance of {', '.join(unknown)} ({earlier.origin}) is of no task here.")
+        try:
+            _leave_plasticity(found, earlier, options, model)
+        except AgclError as error:
+            if earlier.is_named:
+                raise
+            found.notes.append(f"{earlier.origin} was of another model: {error}")
+
+
+def _leave_plasticity(found: Check, earlier: Earlier, options: Any, model: Any) -> None:
+    before: list[ImportanceFile] = []
+    for each in found.tasks:
+        if before:
+            each.plasticity = plasticity_left(before, options, model.named_parameters())
+            each.earlier = [file.metadata["task"] for file in before]
+        if each.task.name in earlier.files:
+            before.append(earlier.files[each.task.name])
+    unknown = [name for name in earlier.files if name not in {each.task.name for each in found.tasks}]
+    if unknown:
+        found.notes.append(f"Importance of {', '.join(unknown)} ({earlier.origin}) is of no task here.")
 
 
 def _attribution(found: Check, config: Any, callback: AttributionCallback, optimizer: Any) -> None:

@@ -19,7 +19,7 @@ def show(console: Console, found: Check) -> None:
     """Print it."""
     _show_run(console, found)
     for number, each in enumerate(found.tasks, 1):
-        _show_task(console, found, each, f"Task {number} of {len(found.tasks)}: {each.task.name}")
+        _show_task(console, found, each, number)
     _show_sum(console, found)
     console.print(Rule(style="dim"))
     for note in found.notes:
@@ -36,14 +36,15 @@ def _show_run(console: Console, found: Check) -> None:
         size, gated = found.size, f"{_count(found.size.gated)} gated"
         trained = "all trained" if size.trained == size.weights else f"{_count(size.trained)} trained"
         facts.append(("weights", f"{_count(size.weights)}, {trained}, {gated if size.gated else 'no gate'}"))
-        machine = "" if found.machine is None else f" of {found.machine.name}"
-        facts.append(("precision", f"{found.settings.precision}, on {found.settings.devices}{machine}"))
+        machine = "" if found.machine is None else f" x {found.machine.name}"
+        facts.append(("precision", f"{found.settings.precision} on {found.settings.devices}{machine}"))
     if found.max_length is not None:
         facts.append(("longest row", f"{found.max_length} tokens allowed"))
     console.print(_facts(facts))
 
 
-def _show_task(console: Console, found: Check, each: TaskCheck, title: str) -> None:
+def _show_task(console: Console, found: Check, each: TaskCheck, number: int) -> None:
+    title = f"Task {number} of {len(found.tasks)}: {each.task.name}"
     console.print()
     console.print(Rule(Text(title, style="bold"), align="left", style="cyan"))
     facts: list[tuple[str, str | Text]] = [(split.use, _rows_text(split)) for split in each.splits]
@@ -54,7 +55,7 @@ def _show_task(console: Console, found: Check, each: TaskCheck, title: str) -> N
         memory, seconds = each.forecast.peak_bytes, each.forecast.total_seconds
         facts.append(("forecast", f"{each.steps} steps, {_time(seconds)}, {_memory(memory, found.machine)}"))
     if found.origin is not None:
-        facts.append(("plasticity", _plasticity_text(each, found.origin)))
+        facts.append(("plasticity", _plasticity_text(found, number)))
     console.print(_facts(facts))
     if each.splits[0].shown:
         console.print(_rows_table(each.splits[0].shown))
@@ -72,7 +73,9 @@ def _show_sum(console: Console, found: Check) -> None:
             seconds[name] = seconds.get(name, 0.0) + value
     largest = max(forecasts, key=lambda forecast: forecast.peak_bytes)
     kept = ", ".join(f"{name} {_bytes(size)}" for name, size in largest.kept.items())
-    incomplete = "" if len(forecasts) == len(found.tasks) else f" of the {len(forecasts)} tasks that could be read"
+    incomplete = (
+        "" if len(forecasts) == len(found.tasks) else f" for the {_plural(len(forecasts), 'task')} that could be read"
+    )
     speeds = "its speed was measured" if found.machine.is_measured else "its speed is assumed from its data sheet"
     console.print()
     console.print(Rule(Text(f"Forecast for {found.machine.name}", style="bold"), align="left", style="cyan"))
@@ -87,6 +90,8 @@ def _show_sum(console: Console, found: Check) -> None:
 
 
 def _rows_text(split: SplitCheck) -> Text:
+    if not split.num_rows:
+        return Text(f"`{split.split}` cannot be read, see the end", style="red")
     text = Text(f"{_plural(split.num_rows, 'row')} of `{split.split}`")
     if split.lengths:
         median = statistics.median(split.lengths)
@@ -96,8 +101,7 @@ def _rows_text(split: SplitCheck) -> Text:
         text.append(f"; {_plural(len(split.prompts_cut), 'prompt')} cut", style="yellow")
         text.append(f" by up to {max(split.prompts_cut)} tokens", style="yellow")
     if split.problems:
-        found = _plural(len(split.problems), "kind") if split.num_rows else "not read"
-        text.append(f"; {found}{' of problem, see the end' if split.num_rows else ''}", style="red")
+        text.append(f"; {_plural(len(split.problems), 'kind')} of problem, see the end", style="red")
     return text
 
 
@@ -106,13 +110,18 @@ def _labels_text(each: TaskCheck) -> str:
     return ", ".join(f"{label} ({counts[label]})" if counts else label for label in each.task.labels or ())
 
 
-def _plasticity_text(each: TaskCheck, origin: str) -> str:
-    if not each.earlier:
-        return "1, no earlier task" if origin != "no earlier run" else "1 for the first task; later ones: run it first"
+def _plasticity_text(found: Check, number: int) -> str:
+    each = found.tasks[number - 1]
+    if number == 1:
+        return "1, there is no earlier task"
+    missing = [other.task.name for other in found.tasks[: number - 1] if other.task.name not in each.earlier]
+    if not each.plasticity:
+        return f"not known: there is no importance of {', '.join(missing)} ({found.origin})"
     weights = sum(count for _, count in each.plasticity.values())
     mean = sum(mean * count for mean, count in each.plasticity.values()) / max(weights, 1)
     layers = ", ".join(f"{layer} {value:.2f}" for layer, (value, _) in each.plasticity.items())
-    return f"{mean:.3f} left by {', '.join(each.earlier)} ({origin}): {layers}"
+    without = f" (nothing is known of {', '.join(missing)})" if missing else ""
+    return f"{mean:.3f} left by {', '.join(each.earlier)}{without}, says {found.origin}: {layers}"
 
 
 def _rows_table(rows: Sequence[ShownRow]) -> Table:
@@ -164,7 +173,10 @@ def _count(number: int) -> str:
 
 
 def _bytes(number: float) -> str:
-    return f"{number / 1e9:.2f} GB" if number >= 1e8 else f"{number / 1e6:.1f} MB"
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if number >= size / 10:
+            return f"{number / size:.2f} {unit}"
+    return f"{number / 1e3:.0f} kB"
 
 
 def _memory(number: int, machine: Machine) -> str:

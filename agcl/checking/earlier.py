@@ -23,10 +23,12 @@ class Earlier:
     Attributes:
         files: Task name -> its file.
         origin: In words.
+        is_named: Whether the user named them, or the checkpoint that they belong to.
     """
 
     files: dict[str, ImportanceFile]
     origin: str
+    is_named: bool = True
 
 
 def find_earlier(config: Any) -> Earlier:
@@ -47,8 +49,8 @@ def find_earlier(config: Any) -> Earlier:
         return Earlier(_by_task(_files_of_checkpoint(config.ckpt_path)), f"the checkpoint {config.ckpt_path}")
     for folder in _run_folders(config.trainer.logger):
         if paths := sorted(folder.glob("importance/*.safetensors")):
-            return Earlier(_by_task(paths), f"the run {folder}")
-    return Earlier({}, "no earlier run")
+            return Earlier(_by_task(paths), f"the run {folder}", is_named=False)
+    return Earlier({}, "no earlier run", is_named=False)
 
 
 def plasticity_left(
@@ -89,7 +91,9 @@ def _by_task(paths: Iterable[str | Path]) -> dict[str, ImportanceFile]:
     found = {}
     for path in paths:
         file = open_importance(path)
-        found[file.metadata.get("task", Path(path).stem)] = file
+        if "task" not in file.metadata:
+            raise AgclError(f"{path} does not say of which task it is; a merged file cannot be told apart by task.")
+        found[file.metadata["task"]] = file
     return found
 
 

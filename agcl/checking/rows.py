@@ -3,7 +3,8 @@
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
@@ -50,7 +51,7 @@ class SplitCheck:
         answer_lengths: The same of the answers alone.
         prompts_cut: Tokens that prompts lost, of those rows that lost some.
         answers_cut: The same of answers.
-        shown: The first rows.
+        shown: The first rows, and the first one that was cut.
         labels: Label -> number of rows.
         prompts: Each prompt's text, before cutting, with the answers that it has.
         unknown_tokens: Rows with a character that the tokenizer does not know.
@@ -98,17 +99,30 @@ def check_splits(
     checks = []
     for use, split, prompt in wanted:
         check = SplitCheck(use, split)
-        try:
-            rows = load_rows(task, split, columns_of(task, prompt))
-        except AgclError as error:
-            check.problems += error.problems
-            continue
-        finally:
-            checks.append(check)
-        check.num_rows = len(rows)
-        if encoder is not None:
-            _check_rows(check, task, encoder, rows, prompt, num_shown)
+        checks.append(check)
+        rows = _load(check, task, prompt)
+        if rows is not None:
+            check.num_rows = len(rows)
+            if encoder is not None:
+                _check_rows(check, task, encoder, rows, prompt, num_shown)
     return checks
+
+
+def _load(check: SplitCheck, task: Task, prompt: str) -> Dataset | None:
+    """The rows of a split; also where another split's file is missing."""
+    tasks = [task]
+    if isinstance(task.source, dict):
+        there = {split: file for split, file in task.source.items() if Path(file).expanduser().is_file()}
+        if 0 < len(there) < len(task.source):
+            tasks.append(replace(task, source=there))
+    for attempt in tasks:
+        try:
+            return load_rows(attempt, check.split, columns_of(task, prompt))
+        except AgclError as error:
+            # Of a file that is missing, that its split is unknown then is no news.
+            if attempt is task or check.split.split("[")[0] in attempt.source:
+                check.problems += error.problems
+    return None
 
 
 def notes_on(task: Task, checks: list[SplitCheck]) -> Iterator[str]:
@@ -184,7 +198,8 @@ def _take_in(
     check.largest_id = max(check.largest_id, *ids)
     if task.labels is not None:
         check.labels[task.labels[row.label]] += 1
-    if len(check.shown) < num_shown:
+    is_first_cut = (prompt_cut or answer_cut) and not any(row.prompt_cut or row.answer_cut for row in check.shown)
+    if len(check.shown) < num_shown or (num_shown and is_first_cut):
         prompt, answer = (str(encoder.tokenizer.decode(part)) for part in (ids[:num_prompt], ids[num_prompt:]))
         check.shown.append(ShownRow(index, prompt, answer, num_prompt, len(ids) - num_prompt, prompt_cut, answer_cut))
 

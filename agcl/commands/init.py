@@ -43,17 +43,17 @@ def init(
         raise AgclError(f"{path} exists; move it away, or choose another name with --output.")
     drafts, notes = _drafts(folder)
     text = configuration_text(drafts, str(folder), str(path), name, model_name_or_path)
-    console = Console(highlight=False)
-    for number, draft in enumerate(drafts, 1):
-        _show(console, draft, f"Task {number} of {len(drafts)}")
-    for note in notes:
-        console.print(Text(f"! {note}", style="yellow"))
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with path.open("x", encoding="utf-8") as file:  # not even if it has come about meanwhile
             file.write(text)
     except FileExistsError as error:
         raise AgclError(f"{path} exists; move it away, or choose another name with --output.") from error
+    console = Console(highlight=False)
+    for number, draft in enumerate(drafts, 1):
+        _show(console, draft, f"Task {number} of {len(drafts)}")
+    for note in notes:
+        console.print(Text(f"! {note}", style="yellow"))
     console.print(f"\nWritten: {path}. See what the model will see, then train:", soft_wrap=True)
     for command in ("check", "fit"):
         console.print(f"  agcl {command} --config {path}", style="bold", soft_wrap=True)
@@ -79,22 +79,17 @@ def _show(console: Console, draft: "Draft", title: str) -> None:
     task = draft.task
     files = [task.source] if isinstance(task.source, str) else list(task.source.values())
     console.print(Text.assemble((f"\n{title}: {task.name}", "bold"), f"  {', '.join(files)}"), soft_wrap=True)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    rows = [
-        (
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, expand=True)
+    for heading in ("column", "distinct", "taken for"):
+        table.add_column(heading, overflow="fold")
+    table.add_column("first value", no_wrap=True, overflow="ellipsis", ratio=1)
+    for column in draft.columns:
+        table.add_row(
             Text(column.name),
-            Text(f"{len(column.counts)} of {column.num_values}"),
+            f"{len(column.counts)} of {column.num_values}",
             Text.assemble((column.role, _ROLE_STYLES[column.role]), f": {column.reason}"),
             Text(" ".join(column.example.split())),
         )
-        for column in draft.columns
-    ]
-    for place, heading in enumerate(("column", "distinct", "taken for", "first value")):
-        widest = max(row[place].cell_len for row in rows)
-        least = min(widest, 20) if place < 2 else widest if heading == "taken for" else 8
-        table.add_column(heading, no_wrap=True, overflow="ellipsis", min_width=max(least, len(heading)))
-    for row in rows:
-        table.add_row(*row)
     console.print(table)
     facts = [("prompt", repr(task.prompt)), ("answer", repr(task.answer)), ("scored by", task.metric)]
     if task.labels is not None:

@@ -106,11 +106,12 @@ def in_order(tasks: Sequence[Task], order: Sequence[str]) -> list[Task]:
         AgclError: If a name is unknown, missing, or there twice.
     """
     by_name = {task.name: task for task in tasks}
-    raise_any(_order_problems(list(by_name), order))
+    raise_any(order_problems(list(by_name), order))
     return [by_name[name] for name in order]
 
 
-def _order_problems(declared: Sequence[str], order: Sequence[str]) -> Iterator[str]:
+def order_problems(declared: Sequence[str], order: Sequence[str]) -> Iterator[str]:
+    """What is wrong with an order of learning, given the names of all tasks."""
     for name in dict.fromkeys(order):
         if name not in declared:
             yield f"`order` names `{name}`, which is no task; declared are {', '.join(declared)}."

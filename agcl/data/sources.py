@@ -127,11 +127,11 @@ def _load_arguments(task: Task) -> dict[str, Any]:
         if first.startswith((".", "/", "~")) and not Path(first).expanduser().exists():
             raise AgclError(f"Task `{task.name}`: {first} does not exist.")
         return {"path": first, "name": task.subset}
-    for file in files.values():
-        if not Path(file).expanduser().is_file():
-            raise AgclError(
-                f"Task `{task.name}`: the file {file} does not exist. Relative files are looked for in `data_dir`."
-            )
+    raise_any(
+        f"Task `{task.name}`: the file {file} does not exist. Relative files are looked for in `data_dir`."
+        for file in files.values()
+        if not Path(file).expanduser().is_file()
+    )
     arguments: dict[str, Any] = {"path": _BUILDERS[suffix]}
     arguments["data_files"] = {name: str(Path(file).expanduser()) for name, file in files.items()}
     if suffix == ".tsv":
