@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from huggingface_hub.constants import HF_HOME
 from peft import PeftModel, PeftType
+from torch.nn import ModuleList
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from agcl.errors import AgclError
@@ -156,6 +157,35 @@ def load_tokenizer(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def shard_model(model: Any, device_mesh: Any) -> None:
+    """Split a model's weights over processes by FSDP2, each decoder block a unit, in place.
+
+    Args:
+        model: A transformers model, or a PEFT model around one; the same weights in all processes.
+        device_mesh: Of Lightning's ModelParallelStrategy, with dimensions ``data_parallel`` and ``tensor_parallel``.
+
+    Raises:
+        AgclError: If tensors themselves are to be computed in parallel.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    if device_mesh["tensor_parallel"].size() > 1:
+        raise AgclError(
+            f"`tensor_parallel_size` of ModelParallelStrategy is {device_mesh['tensor_parallel'].size()}; agcl splits "
+            "weights by FSDP2 alone: set `tensor_parallel_size: 1` and `data_parallel_size` to the number of processes."
+        )
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # whose `generate` is the entry
+    blocks = max(
+        (module for module in inner.modules() if isinstance(module, ModuleList)),
+        key=lambda module: sum(parameter.numel() for parameter in module.parameters()),
+        default=(),
+    )
+    for block in blocks:
+        fully_shard(block, mesh=device_mesh["data_parallel"])
+    # By default the outermost module's weights stay whole after scoring, so that their names mean other tensors.
+    fully_shard(inner, mesh=device_mesh["data_parallel"], reshard_after_forward=True)
 
 
 def save_model(model: Any, folder: str | Path) -> None:

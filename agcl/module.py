@@ -26,7 +26,7 @@ from agcl.metrics import (
     LearningAccuracy,
     ScoreMatrix,
 )
-from agcl.models import load_model, load_tokenizer, save_model
+from agcl.models import load_model, load_tokenizer, save_model, shard_model
 from agcl.schedules import WarmupDecay
 from agcl.scoring import TaskScorer, answer_logits, token_nll
 
@@ -128,6 +128,8 @@ class ContinualLM(LightningModule):
         self.model = model.train()
         for change in self.model_changes:
             change()
+        if self.device_mesh is not None:
+            shard_model(self.model, self.device_mesh)
 
     def configure_optimizers(self) -> Any:
         """Optimizer and scheduler, stepped together; their fresh states are kept for the tasks to come."""

@@ -18,6 +18,8 @@ from transformers import (
 
 from agcl.data.tasks import IGNORED_LABEL, Task, collate
 from agcl.metrics.text import edit_similarity, first_character, rouge_l, sari
+from agcl.ranks import Ranks
+from agcl.shards import has_shards
 
 # Scores of a generated answer beside the right one; `sari` compares with the prompt too.
 ANSWER_SCORES: dict[str, Callable[[str, str], float]] = {
@@ -112,7 +114,8 @@ def generate_answers(
         One text for each prompt.
     """
     context = getattr(_base_model(model).config, "max_position_embeddings", None) if len(prompts) > 1 else None
-    if context is not None and max(map(len, prompts)) + max_new_tokens > context:
+    is_sharded = has_shards(model)
+    if context is not None and _any_process(max(map(len, prompts)) + max_new_tokens > context, model, is_sharded):
         # Beside a long prompt a short one could not be given the room for its own answer.
         answers = [None] * len(prompts) if wanted is None else [[answer] for answer in wanted]
         return [
@@ -139,9 +142,15 @@ def generate_answers(
             pad_token_id=tokenizer.pad_token_id,
         ),
         stopping_criteria=criteria,
+        synced_gpus=is_sharded,  # processes need each other for every token
     )
     texts = tokenizer.batch_decode(output[:, input_ids.shape[1] :], skip_special_tokens=True)
     return [text.strip() for text in texts]
+
+
+def _any_process(flag: bool, model: Any, is_sharded: bool) -> bool:
+    """Whether the flag is set here or, where the processes must do the same, in any of them."""
+    return any(map(any, Ranks.of_this_run().flags([flag], model.device))) if is_sharded else flag
 
 
 def rank_labels(
@@ -200,21 +209,25 @@ class TaskScorer(nn.Module):
     def update(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: Mapping[str, Any]) -> None:
         """Score one collated batch."""
         logits, targets = answer_logits(model, batch)
-        is_answer = targets != IGNORED_LABEL
+        is_answer = (targets != IGNORED_LABEL) & batch["counts"][:, None]
         self.nll.update(token_nll(logits, targets)[is_answer], torch.ones_like(targets)[is_answer])
         is_prompt = batch["attention_mask"].bool() & (batch["labels"] == IGNORED_LABEL)
         prompts = [ids[mask].tolist() for ids, mask in zip(batch["input_ids"], is_prompt, strict=True)]
         if self.task.metric == "label_ranking":
-            self.score.update(rank_labels(model, prompts, self.candidates, int(tokenizer.pad_token_id)), batch["label"])
-            return
-        if self.task.metric == "label_accuracy":
+            ranked = rank_labels(model, prompts, self.candidates, int(tokenizer.pad_token_id))
+            self._enter(ranked[batch["counts"]], batch["label"][batch["counts"]])
+        elif self.task.metric == "label_accuracy":
             answers = generate_answers(model, tokenizer, prompts, self.max_new_tokens)
             labels = [self.task.label_answer(label).strip() for label in self.task.labels or ()]
             given = [labels.index(answer) if answer in labels else len(labels) for answer in answers]
-            self.score.update(torch.tensor(given, device=targets.device), batch["label"])
+            self._enter(torch.tensor(given, device=targets.device)[batch["counts"]], batch["label"][batch["counts"]])
         else:
             scores = self._answer_scores(model, tokenizer, prompts, batch["answer"])
-            self.score.update(torch.tensor(scores, device=targets.device))
+            self._enter(torch.tensor(scores, device=targets.device)[batch["counts"]])
+
+    def _enter(self, *values: Tensor) -> None:
+        if values[0].numel():  # a process may have nothing but rows that do not count
+            self.score.update(*values)
 
     def _answer_scores(
         self,

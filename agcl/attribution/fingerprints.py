@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..errors import AgclError
+from ..shards import gathered
 
 _VALUES = 256  # looked at in each parameter
 
@@ -16,7 +17,7 @@ def fingerprint(named_parameters: Iterable[tuple[str, Tensor]]) -> str:
 
     It costs milliseconds whatever the model's size, and tells models apart, not single weights: a change that misses
     all of the values looked at leaves it as it is. The same weights in another dtype are another model. Parameters may
-    come in any order.
+    come in any order. Those that are split over processes (DTensor) are gathered one at a time, by all together.
 
     Returns:
         64 hexadecimal digits.
@@ -29,7 +30,7 @@ def fingerprint(named_parameters: Iterable[tuple[str, Tensor]]) -> str:
         if parameter.is_meta:
             raise AgclError(f"Parameter `{name}` has no values (meta device); load the weights first.")
         digest.update(f"{name}\0{tuple(parameter.shape)}\0{parameter.dtype}\0".encode())
-        digest.update(_spaced_values(parameter.detach()).view(torch.uint8).numpy().tobytes())
+        digest.update(_spaced_values(gathered(parameter)).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..errors import AgclError
+from ..ranks import ALONE, Ranks
 from .accumulators import Accumulator, BlockMaximaMean, Mean, MeanOfSeen, TopKMean
 from .levels import DTYPES, MAX_LEVEL, Bits
 
@@ -108,11 +109,12 @@ def log_scale(relevance: Tensor, alpha: float = 1e4) -> Tensor:
     return _log_scaled(relevance, _log_factor(relevance, alpha), alpha).copysign_(relevance)
 
 
-def _log_factor(relevance: Tensor, alpha: float) -> Tensor:
-    if not relevance.numel():
-        return relevance.new_ones(())
-    low, high = relevance.aminmax()
-    return alpha / torch.maximum(high, -low).float().clamp_min(_TINY_RELEVANCE)
+def _log_factor(relevance: Tensor, alpha: float, ranks: Ranks = ALONE) -> Tensor:
+    largest = torch.zeros((), device=relevance.device)
+    if relevance.numel():
+        low, high = relevance.aminmax()
+        largest = torch.maximum(high, -low).float()
+    return alpha / ranks.maximum(largest).clamp_min(_TINY_RELEVANCE)
 
 
 def _log_scaled(relevance: Tensor, factor: Tensor, alpha: float) -> Tensor:
@@ -132,6 +134,8 @@ class SampleAggregator:
         config: Of which ``sign``, ``top_k``, ``top_k_method`` and, for the log scale, ``normalisation`` and ``alpha``
             matter here.
         num_planned: How many samples are to come, which ``top_k_method="blocks"`` must know; fewer or more may.
+        ranks: The processes of which each takes in its part of every tensor, together; by default this one alone takes
+            in all of it.
 
     Raises:
         AgclError: If it must know and does not.
@@ -146,7 +150,7 @@ class SampleAggregator:
         {'weight': tensor([2.5000, 2.0000])}
     """
 
-    def __init__(self, config: ImportanceConfig, num_planned: int | None = None) -> None:
+    def __init__(self, config: ImportanceConfig, num_planned: int | None = None, ranks: Ranks = ALONE) -> None:
         if config.top_k is not None and config.top_k_method == "blocks" and (num_planned is None or num_planned < 1):
             raise AgclError(
                 f"`num_planned` is {num_planned}; `top_k_method` 'blocks' needs the number of samples to come, to "
@@ -155,6 +159,7 @@ class SampleAggregator:
         self.config = config
         self.num_samples = 0
         self._num_planned = num_planned
+        self._ranks = ranks
         self._kept: dict[str, Accumulator] = {}
         self._shapes: dict[str, torch.Size] = {}
 
@@ -170,7 +175,8 @@ class SampleAggregator:
             AgclError: If the shape differs from the earlier samples'.
         """
         kept = self._accumulator(name, relevance)
-        factor = _log_factor(relevance, self.config.alpha) if self.config.normalisation == "log" else None
+        is_log = self.config.normalisation == "log"
+        factor = _log_factor(relevance, self.config.alpha, self._ranks) if is_log else None
         start = 0
         for piece in relevance.detach().reshape(-1).split(_chunk_entries(relevance)):
             kept.add(start, self._value(piece, factor))
@@ -231,7 +237,12 @@ def _chunk_entries(tensor: Tensor) -> int:
 
 
 @torch.no_grad()
-def normalise(scores: dict[str, Tensor], config: ImportanceConfig, bits: Bits = 8) -> dict[str, Tensor]:
+def normalise(
+    scores: dict[str, Tensor],
+    config: ImportanceConfig,
+    bits: Bits = 8,
+    parts: "Parts | None" = None,
+) -> dict[str, Tensor]:
     """Turn scores into importance in [0, 1], stored as fixed point rounded to nearest.
 
     Scores are sorted on the CPU, a tensor at a time. Scopes ``"layer"`` and ``"model"`` are exact up to 2^24 = 16.8
@@ -245,22 +256,22 @@ def normalise(scores: dict[str, Tensor], config: ImportanceConfig, bits: Bits = 
         config: Of which ``normalisation``, ``scope`` and ``quantile`` matter here. Under ``"log"`` scores are in [0,
             1].
         bits: 8 for uint8, 16 for uint16. Top-K scores of unscaled relevance are bfloat16 means, no finer than 8 bits.
+        parts: Given if the scores are this process's parts of the tensors; all processes call this together.
 
     Returns:
         Name to uint8 or uint16 tensor of the same shape and device; `levels.dequantise` gives [0, 1]. A score of zero
-        has importance zero.
+        has importance zero. Of parts, see :class:`Parts`.
 
     Raises:
         AgclError: If a score is negative or not finite; the message names the parameter.
     """
-    for name, score in scores.items():
-        if score.numel() and not (score.min() >= 0 and score.max() < torch.inf):
-            raise AgclError(f"Score of `{name}` is negative or not finite; check the model's loss and precision.")
+    parts = parts or Parts(ALONE, {name: tuple(score.shape) for name, score in scores.items()})
+    parts.check(scores)
     takes_as_is = config.normalisation in ("log", "none")
-    yardsticks = {} if takes_as_is else _shared_yardsticks(scores, config, bits)
+    yardsticks = {} if takes_as_is else _shared_yardsticks(scores, config, bits, parts)
     importance = {}
     for name in list(scores):
-        score = scores.pop(name).float().contiguous()
+        score = parts.whole(name, scores.pop(name)).float().contiguous()
         rows = score.flatten(1) if config.scope == "row" and score.ndim > 1 else score.view(1, -1)
         if not score.numel():
             levels = rows.to(DTYPES[bits])
@@ -269,11 +280,49 @@ def normalise(scores: dict[str, Tensor], config: ImportanceConfig, bits: Bits = 
         else:
             yardstick = yardsticks[name] if name in yardsticks else _yardstick(rows, config, bits)
             levels = _compare(rows, yardstick, config, bits)
-        importance[name] = levels.view(score.shape)
+        importance[name] = parts.kept(levels.view(score.shape))
     return importance
 
 
-def _shared_yardsticks(scores: Mapping[str, Tensor], config: ImportanceConfig, bits: Bits) -> dict[str, Tensor]:
+@dataclass(frozen=True)
+class Parts:
+    """Scores of which each process has its rows (see :mod:`agcl.ranks`).
+
+    A tensor is gathered for the moment in which it is normalised, one after the other, since its entries are compared
+    with each other.
+
+    Attributes:
+        ranks: The processes.
+        shapes: Of the whole tensors.
+        keeps_whole: Whether every process is to get all importance, or its own rows.
+    """
+
+    ranks: Ranks
+    shapes: Mapping[str, tuple[int, ...]]
+    keeps_whole: bool = True
+
+    def check(self, scores: Mapping[str, Tensor]) -> None:
+        """Raise, in all processes, if a score is negative or not finite in one of them."""
+        is_bad = [score.numel() > 0 and not (score.min() >= 0 and score.max() < torch.inf) for score in scores.values()]
+        device = next((score.device for score in scores.values()), torch.device("cpu"))
+        found = self.ranks.total(torch.tensor(is_bad, dtype=torch.int32, device=device))
+        for name, count in zip(scores, found.tolist(), strict=True):
+            if count:
+                raise AgclError(f"Score of `{name}` is negative or not finite; check the model's loss and precision.")
+
+    def whole(self, name: str, part: Tensor) -> Tensor:
+        """The tensor that a part belongs to."""
+        return self.ranks.whole(part, self.shapes[name])
+
+    def kept(self, whole: Tensor) -> Tensor:
+        """What stays in this process."""
+        # A copy: a view would keep all of it in memory.
+        return whole if self.keeps_whole or self.ranks.size == 1 else self.ranks.part(whole).clone()
+
+
+def _shared_yardsticks(
+    scores: Mapping[str, Tensor], config: ImportanceConfig, bits: Bits, parts: Parts
+) -> dict[str, Tensor]:
     """Name -> yardstick, where parameters are compared with each other; none for scopes within a tensor."""
     groups: dict[str, dict[str, Tensor]] = {}
     if config.scope in ("layer", "model"):
@@ -281,7 +330,7 @@ def _shared_yardsticks(scores: Mapping[str, Tensor], config: ImportanceConfig, b
             groups.setdefault(layer_group(name) if config.scope == "layer" else "", {})[name] = score
     found: dict[str, Tensor] = {}
     for group in groups.values():
-        found |= dict.fromkeys(group, _yardstick(_spread_sample(group), config, bits))
+        found |= dict.fromkeys(group, _yardstick(_spread_sample(group, parts), config, bits))
     return found
 
 
@@ -317,13 +366,13 @@ def _compare(rows: Tensor, yardstick: Tensor, config: ImportanceConfig, bits: Bi
     return num_below.to(DTYPES[bits])
 
 
-def _spread_sample(scores: Mapping[str, Tensor]) -> Tensor:
+def _spread_sample(scores: Mapping[str, Tensor], parts: Parts) -> Tensor:
     """All entries, or one at random of each ``stride`` consecutive ones (jitter: no aliasing with the row length)."""
-    stride = math.ceil(sum(score.numel() for score in scores.values()) / _MODEL_SAMPLE_ENTRIES) or 1
+    stride = math.ceil(sum(math.prod(parts.shapes[name]) for name in scores) / _MODEL_SAMPLE_ENTRIES) or 1
     generator = torch.Generator().manual_seed(0)
     pieces = [torch.empty(0)]
-    for score in scores.values():
-        flat = score.reshape(-1)
+    for name, score in scores.items():
+        flat = parts.whole(name, score).reshape(-1)
         if stride > 1:
             positions = torch.arange(0, len(flat), stride)
             positions += torch.randint(stride, positions.shape, generator=generator)

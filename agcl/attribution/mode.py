@@ -146,7 +146,7 @@ class RuleMode(TorchFunctionMode):
             if CONSTANT <= level <= ACTIVATED:
                 return level
         node = tensor.grad_fn
-        if type(node).__name__ == "BackwardHookFunctionBackward":  # the identity in front of a module's backward hook
+        if type(node).__name__ in _IDENTITIES:
             self._record(tensor, ACTIVATION)
             return ACTIVATION
         self.refuse_value(tensor)
@@ -397,6 +397,8 @@ def _flat(args: _Arguments, kwargs: dict[str, Any]) -> Iterator[Any]:
 _HANDLERS: dict[str, Callable[[RuleMode, _Operation, _Arguments, dict[str, Any]], Any]] = {
     kind: getattr(RuleMode, f"_{kind}") for kind in {"unknown", *OPERATIONS.values()} - {"pass"}
 }
+# In front of a module's backward hook, and where FSDP2 wants to know that a layer's backward pass is over.
+_IDENTITIES = {"BackwardHookFunctionBackward", "RegisterPostBackwardFunctionBackward"}
 _NEVER_TENSORS = {int, float, bool, str, type(None), torch.dtype, torch.device, torch.Size, slice, type(...)}
 _ELEMENTWISE = {torch.mul, torch.multiply, Tensor.mul, Tensor.mul_, Tensor.multiply}
 _REFLECTED = {Tensor.__rtruediv__, Tensor.__rdiv__}

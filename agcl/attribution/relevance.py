@@ -6,6 +6,7 @@ The target is ``f = sum_k logits[0, positions[k], targets[k]]``; relevance is va
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,8 +28,10 @@ from agcl.attribution.passes import (
 from agcl.attribution.support import check_choice
 from agcl.attribution.uses import ParameterUses, UnseenUseError, Use
 from agcl.errors import AgclError, UnsupportedModelError
+from agcl.shards import consuming, has_shards
 
-Consumer = Callable[[str, nn.Parameter, Tensor], None]
+Consumer = Callable[[str, Tensor, Tensor], None]
+Choice = Callable[[list[bool]], list[bool]]
 Objective = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -42,6 +45,7 @@ def attribute_batch(
     only_correct: bool = True,
     per_sample: bool = True,
     objective: Objective = target_logit,
+    choose: Choice | None = None,
 ) -> list[bool]:
     """Run samples forward and backward together and hand over each parameter's gradients as soon as they exist.
 
@@ -67,6 +71,8 @@ def attribute_batch(
         per_sample: Hand over a gradient per sample, or, if False, one of all samples' summed objectives, which is
             cheaper and no longer tells samples apart.
         objective: ``(logits (k, vocabulary), targets (k,)) -> scalar`` of one sample, whose gradient is taken.
+        choose: Called after the forward pass with what would be attributed (a flag for each sample, in their order, all
+            or some at a time); gives what is attributed in its place.
 
     Returns:
         For each sample whether it was attributed; False if it was skipped as answered wrongly.
@@ -78,7 +84,12 @@ def attribute_batch(
     check_choice("rule", rule, GradientRule)
     if not samples:
         raise AgclError("`samples` is empty; give at least one.")
-    attribution = _Attribution(model, selected_parameters(model, parameters), consume, rule, only_correct, objective)
+    attribution = _Attribution(
+        model, selected_parameters(model, parameters), consume, rule, only_correct, objective, choose
+    )
+    if has_shards(model):
+        passes = [[sample] for sample in samples] if per_sample else [list(samples)]
+        return [flag for part in passes for flag in attribution.of_shards(part)]
     if not per_sample or len(samples) == 1:
         return attribution.of_sum(samples)
     try:
@@ -162,6 +173,7 @@ class _Attribution:
     rule: GradientRule
     only_correct: bool
     objective: Objective = target_logit
+    choose: Choice | None = None
 
     def of_sum(self, samples: Sequence[Sample]) -> list[bool]:
         """Gradients of the samples' summed objectives."""
@@ -176,6 +188,20 @@ class _Attribution:
             for leaf, (name, parameter) in zip(leaves, self.selected.items(), strict=True):
                 leaf.register_post_accumulate_grad_hook(_consuming(name, parameter, self.consume))
             torch.autograd.backward(total, inputs=leaves)
+        return flags
+
+    def of_shards(self, samples: Sequence[Sample]) -> list[bool]:
+        """:meth:`of_sum` where the weights are split over processes, all of which run this together.
+
+        A selected parameter is shown to ``consume`` as it is, split; its gradient is whole.
+        """
+        consumers = {name: partial(self.consume, name, parameter) for name, parameter in self.selected.items()}
+        with recording(), consuming(self.model, consumers):
+            with rules_of(self.model, self.rule):
+                logits = answer_logits(self.model, {}, samples)
+            flags, total = self._total(logits, samples)
+            if total is not None:
+                torch.autograd.backward(total)
         return flags
 
     def of_each(self, samples: Sequence[Sample]) -> list[bool]:
@@ -226,6 +252,8 @@ class _Attribution:
         """Which samples are attributed, and the sum of their objectives."""
         pairs = [(row, sample.targets) for row, sample in zip(logits, samples, strict=True)]
         flags = [not self.only_correct or is_correct(*pair) for pair in pairs]
+        if self.choose is not None:
+            flags = self.choose(flags)
         terms = [self.objective(*pair) for pair, flag in zip(pairs, flags, strict=True) if flag]
         return flags, torch.stack(terms).sum() if terms else None
 
@@ -285,7 +313,7 @@ def parameter_relevance(
     selected = selected_parameters(model, parameters)
     found: dict[str, Tensor] = {}
 
-    def keep(name: str, parameter: nn.Parameter, gradient: Tensor) -> None:
+    def keep(name: str, parameter: Tensor, gradient: Tensor) -> None:
         found[name] = gradient.mul_(parameter.detach())
 
     attribute_sample(

@@ -22,6 +22,7 @@ from agcl.data.samples import resolve_seed
 from agcl.data.sequence import Regime
 from agcl.errors import AgclError
 from agcl.gating import GradientGate, UpdateGate, cancels_gradient_gate, choose_gate, flattened, shuffled
+from agcl.shards import has_shards
 
 Source = Literal["running", "single_task"]
 
@@ -153,6 +154,8 @@ class AttributionCallback(Callback):
             rank_zero_warn(warning)
         with trainer.precision_plugin.forward_context():
             self.check_model(pl_module.model, next(self._gatherer.samples(trainer, pl_module, 0)))
+        if has_shards(pl_module.model):
+            self._check_shards()
 
     def check_regime(self, regime: Regime) -> None:
         """Raise if there are no old tasks to protect."""
@@ -179,10 +182,22 @@ class AttributionCallback(Callback):
         """
         self._gatherer.check(model, sample)
 
+    def _check_shards(self) -> None:
+        if self.control != "none":
+            raise AgclError(
+                f"`control: {self.control}` looks at whole tensors of importance, which weights that are split over "
+                "processes (ModelParallelStrategy) do not have; take `strategy: ddp` for controls."
+            )
+        if self.gate == "gradient":
+            raise AgclError(
+                "`gate: gradient` works by gradient hooks, which weights that are split over processes "
+                "(ModelParallelStrategy) do not run; take `gate: update`, or `strategy: ddp`."
+            )
+
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """On resuming: bring along the earlier tasks' files, make up for a task boundary, gate again."""
+        self._so_far.bring_along(trainer, pl_module.model)
         check_importance(self.importance, pl_module.model.named_parameters())
-        self._so_far.bring_along(trainer)
         completed = pl_module.tasks.num_completed(trainer.current_epoch)
         if completed:
             # From a checkpoint of an epoch's last batch, Lightning goes on without that epoch's end.
@@ -297,13 +312,15 @@ class AttributionCallback(Callback):
 
     def _attach_gate(self, trainer: Trainer, pl_module: Any) -> None:
         self._detach_gate()
-        importance = self.importance
+        importance, is_sharded = self.importance, has_shards(pl_module.model)
         if self.control == "shuffled":
             importance = shuffled(importance, resolve_seed(self.seed, trainer.datamodule))  # type: ignore[attr-defined]
         elif self.control == "flattened":
             importance = flattened(importance)
         optimizer = self._optimizer(trainer)
-        kind = choose_gate(optimizer) if self.gate == "auto" else self.gate
+        kind = self.gate
+        if kind == "auto":
+            kind = "update" if is_sharded else choose_gate(optimizer)
         gate_class = GradientGate if kind == "gradient" else UpdateGate
         moves = self.importance_on == "device"
         gate = gate_class(pl_module.model.named_parameters(), importance, self.strength, moves_importance=moves)

@@ -12,11 +12,13 @@ from tqdm.auto import tqdm
 
 from agcl.attribution.estimators import Estimator, Evidence
 from agcl.attribution.fingerprints import fingerprint
-from agcl.attribution.importance import ImportanceConfig, normalise
+from agcl.attribution.importance import ImportanceConfig, Parts, normalise
 from agcl.attribution.levels import DTYPES, Bits
 from agcl.attribution.passes import Sample
 from agcl.data.samples import as_samples, resolve_seed, training_samples
 from agcl.errors import AgclError
+from agcl.ranks import ALONE, Ranks
+from agcl.shards import check_layout, has_shards
 
 
 @dataclass
@@ -24,14 +26,17 @@ class Gathered:
     """A task's importance.
 
     Attributes:
-        importance: Parameter name to fixed point, uint8 or uint16, on the model's device.
+        importance: Parameter name to fixed point, uint8 or uint16, on the model's device; where the model's weights are
+            split over processes, this one's rows.
         num_used: Rows, answered correctly, that it rests on.
         metadata: What its file says about it (see :mod:`agcl.attribution.artefact`).
+        shapes: Of the whole tensors.
     """
 
     importance: dict[str, Tensor]
     num_used: int
     metadata: dict[str, str]
+    shapes: dict[str, tuple[int, ...]]
 
 
 @dataclass
@@ -77,7 +82,18 @@ class Gatherer:
         names = self.parameter_names(model)
         if not names:
             raise AgclError(f"`parameters` {self.parameters!r} matches no trainable parameter of the model.")
+        if has_shards(model):
+            self._check_shards(model)
         self.estimator.check(model, names, sample)
+
+    def _check_shards(self, model: nn.Module) -> None:
+        check_layout(model)
+        if not self.estimator.scores_shards:
+            raise AgclError(
+                f"The estimator {type(self.estimator).__name__} does not score weights that are split over processes "
+                "(ModelParallelStrategy); take LRP, GradientWeight, Fisher, EmpiricalFisher, MAS, SPG, Magnitude or "
+                "Random, or `strategy: ddp`."
+            )
 
     def begin_task(self, model: nn.Module) -> None:
         """Let the estimator see the weights that a task starts from."""
@@ -96,6 +112,7 @@ class Gatherer:
         Returns:
             None if no row is answered correctly.
         """
+        ranks = Ranks.of_this_run() if self.estimator.shares_samples else ALONE
         task = pl_module.tasks[task_index].name
         if kept is None:
             samples = self.samples(trainer, pl_module, task_index)
@@ -117,13 +134,17 @@ class Gatherer:
                 per_sample=self.per_sample,
                 config=self.config,
                 seed=resolve_seed(self.seed, trainer.datamodule),  # type: ignore[attr-defined]
+                ranks=ranks,
                 on_progress=bar.update,
             )
             scores = self.estimator.scores(evidence)
         if not scores:
             return None
+        is_sharded = has_shards(pl_module.model)
+        shapes = {name: tuple(p.shape) for name, p in pl_module.model.named_parameters() if name in scores}
+        parts = Parts(Ranks.of_this_run() if is_sharded else ranks, shapes, keeps_whole=not is_sharded)
         metadata = self._metadata(pl_module, task, evidence.num_used)
-        return Gathered(normalise(scores, self.config, self.bits), evidence.num_used, metadata)
+        return Gathered(normalise(scores, self.config, self.bits, parts), evidence.num_used, metadata, shapes)
 
     def parameter_names(self, model: nn.Module) -> list[str]:
         """Names of the parameters to score and gate."""

@@ -1,25 +1,55 @@
 """The importance of the tasks so far: each in a file of its own, all of them merged in memory."""
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 
-from agcl.attribution.artefact import open_importance, save_importance
+from agcl.attribution.artefact import ImportanceFile, LazyImportance, open_importance, save_importance
 from agcl.attribution.levels import Bits
 from agcl.attribution.merging import How, RunningMerge
+from agcl.attribution.storage import Shape
 from agcl.callbacks.gathering import Gathered
 from agcl.errors import AgclError
+from agcl.ranks import ALONE, Ranks
+from agcl.shards import Layout, layouts
 
 Place = Literal["device", "host"]
 
 
+class _Gathered(LazyImportance):
+    """Importance of which each process has its rows; all of them together ask for one tensor after the other."""
+
+    def __init__(self, parts: Mapping[str, Tensor], shapes: Mapping[str, Shape], bits: Bits, ranks: Ranks) -> None:
+        self.shapes, self.bits = {name: shapes[name] for name in sorted(parts)}, bits
+        self._parts, self._ranks = parts, ranks
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._ranks.whole(self._parts[name], self.shapes[name])
+
+
+class _Rows(LazyImportance):
+    """This process's rows of what a file holds, read a tensor at a time."""
+
+    def __init__(self, file: ImportanceFile, ranks: Ranks) -> None:
+        self._file, self._ranks, self.bits = file, ranks, file.bits
+        bounds = {name: ranks.rows(shape) for name, shape in file.shapes.items()}
+        self.shapes = {name: (end - start, *file.shapes[name][1:]) for name, (start, end) in bounds.items()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._ranks.part(self._file[name]).clone()
+
+
 class ImportanceSoFar:
     """What a run knows of its tasks' importance.
+
+    Where the weights are split over processes, each holds its rows of the merged importance and no more. A tensor is
+    whole for the moment in which it is written. A checkpoint then holds no importance: resuming reads the files.
 
     Args:
         merge: See :mod:`agcl.attribution.merging`.
@@ -33,38 +63,66 @@ class ImportanceSoFar:
         self._merged = RunningMerge(merge, bits)
         self._place = place
         self._needs_files = needs_files
+        self._ranks = ALONE  # of which each holds rows
+        self._layouts: dict[str, Layout] = {}
+        self._is_unread = False
 
     def merged(self) -> dict[str, Tensor]:
-        """Parameter name to fixed point; empty before the first task."""
-        return self._merged.importance()
+        """Parameter name to fixed point (as DTensors where the parameters are); empty before the first task."""
+        importance = self._merged.importance()
+        return {name: self._layouts[name].of_part(t) if name in self._layouts else t for name, t in importance.items()}
 
     def take_in(self, trainer: Trainer, stem: str, gathered: Gathered) -> None:
         """Write one task's importance to ``importance/<stem>.safetensors`` and merge it; its tensors are given up."""
         path = _folder(trainer) / f"{stem}.safetensors"
-        if trainer.is_global_zero:
-            save_importance(path, gathered.importance, gathered.metadata)
+        self._write(trainer, path, gathered)
         self.files[gathered.metadata["task"]] = str(path)
         home = self._home(trainer)
         for name in list(gathered.importance):
             gathered.importance[name] = gathered.importance[name].to(home)
         self._merged.update(gathered.importance)
 
+    def _write(self, trainer: Trainer, path: Path, gathered: Gathered) -> None:
+        importance: Mapping[str, Tensor] = gathered.importance
+        if self._ranks.size > 1:
+            importance = _Gathered(importance, gathered.shapes, self._merged.bits, self._ranks)
+        if trainer.is_global_zero:
+            save_importance(path, importance, gathered.metadata)
+        elif self._ranks.size > 1:
+            for name in importance:  # in the order of writing
+                importance[name]
+
     def take_in_again(self, trainer: Trainer, task: str) -> None:
         """Merge a task's importance as its file has it, read a tensor at a time; nothing, if it has none."""
         if task in self.files:
-            self._merged.update(open_importance(self.files[task], self._home(trainer)))
+            file = open_importance(self.files[task], self._home(trainer))
+            self._merged.update(file if self._ranks.size == 1 else _Rows(file, self._ranks))
 
     def merge_anew(self) -> None:
         """Forget the merge, not the files."""
         self._merged = RunningMerge(self._merged.how, self._merged.bits)
 
-    def bring_along(self, trainer: Trainer) -> None:
+    def bring_along(self, trainer: Trainer, model: nn.Module) -> None:
         """On resuming: have the earlier tasks' files in this run's folder, and the merge where it belongs.
+
+        Args:
+            trainer: Of the run.
+            model: As it is trained, split over processes or not.
 
         Raises:
             AgclError: If a file that is needed is gone.
         """
+        self._layouts = layouts(model)
+        self._ranks = Ranks.of_this_run() if self._layouts else ALONE
+        self._bring_files(trainer)
+        if self.files and (self._is_unread or self._ranks.size > 1):
+            self.merge_anew()
+            for task in self.files:
+                self.take_in_again(trainer, task)
+        self._is_unread = False
         self._merged.to(self._home(trainer))
+
+    def _bring_files(self, trainer: Trainer) -> None:
         folder = _folder(trainer)
         for path in self.files.values():
             copy = folder / Path(path).name
@@ -76,9 +134,10 @@ class ImportanceSoFar:
             copy = folder / Path(path).name
             if copy.exists():
                 self.files[task] = str(copy)
-            elif self._needs_files:
+            elif self._needs_files or self._is_unread or self._ranks.size > 1:
                 raise AgclError(
-                    f"The importance file of task `{task}` is gone: {path}. Resuming with `reestimate` needs it."
+                    f"The importance file of task `{task}` is gone: {path}. Resuming with `reestimate` needs it, and "
+                    "so does resuming where the weights are split over processes."
                 )
             else:
                 rank_zero_warn(
@@ -87,7 +146,10 @@ class ImportanceSoFar:
 
     def state_dict(self) -> dict[str, Any]:
         """What resuming needs; the tensors are not copied."""
-        return {"merged": self._merged.state_dict(), "files": dict(self.files)}
+        merged = self._merged.state_dict()
+        if self._ranks.size > 1:
+            merged["state"] = {}
+        return {"merged": merged, "files": dict(self.files), "is_in_files": self._ranks.size > 1}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` gave.
@@ -97,6 +159,7 @@ class ImportanceSoFar:
         """
         self._merged.load_state_dict(state_dict["merged"])
         self.files = dict(state_dict["files"])
+        self._is_unread = state_dict.get("is_in_files", False)
 
     def _home(self, trainer: Trainer) -> torch.device:
         return torch.device("cpu") if self._place == "host" else trainer.strategy.root_device

@@ -12,6 +12,7 @@ from agcl.callbacks.attribution import AttributionCallback
 from agcl.metrics import plot_score_matrix
 from agcl.module import SCORE
 from agcl.plots import layer_of, plot_importance_map, plot_plasticity
+from agcl.shards import local_part
 
 _HISTOGRAM_ENTRIES = 100_000  # a sample that shows the distribution and keeps the event file small
 
@@ -56,11 +57,18 @@ class ContinualMonitor(Callback):
                 continue
             board, step = logger.experiment, trainer.global_step
             board.add_figure("score_matrix", plot_score_matrix(scores, [t.name for t in pl_module.tasks])[0], step)
-            if attribution and attribution.importance:
-                board.add_figure("importance", plot_importance_map(attribution.importance)[0], step)
+            importance = _shown(attribution) if attribution else {}
+            if importance:
+                board.add_figure("importance", plot_importance_map(importance)[0], step)
                 board.add_figure("plasticity", plot_plasticity(self._plasticity)[0], step)
-                for layer, values in layer_samples(attribution.importance).items():
+                for layer, values in layer_samples(importance).items():
                     board.add_histogram(f"importance/{tag(layer)}", values, step)
+
+
+def _shown(attribution: AttributionCallback) -> dict[str, Tensor]:
+    """The importance that is here: of weights that are split over processes, this one's rows."""
+    parts = {name: local_part(levels) for name, levels in attribution.importance.items()}
+    return {name: levels for name, levels in parts.items() if levels.numel()}
 
 
 def tag(layer: str) -> str:

@@ -12,6 +12,7 @@ import torch
 from datasets import Dataset, concatenate_datasets
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.utils.data import DataLoader, Sampler, SubsetRandomSampler
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
@@ -308,8 +309,11 @@ class ContinualDataModule(LightningDataModule):
         """One loader for each task's own rows to be scored and each of its probes, in the order of :attr:`evaluations`.
 
         Over several processes each row is scored once: the usual sampler would repeat some to make the shares equal.
+        Where processes need each other for every forward pass (weights that are split over them), rows are repeated to
+        make them equal, and do not count.
         """
         world_size = 1 if self.trainer is None else self.trainer.world_size
+        is_sharded = self.trainer is not None and isinstance(self.trainer.strategy, ModelParallelStrategy)
         return [
             DataLoader(
                 rows,
@@ -319,5 +323,12 @@ class ContinualDataModule(LightningDataModule):
                 num_workers=self.num_workers,
                 generator=torch.Generator(),
             )
-            for _, _, rows in self._evaluations
+            for rows in (filled_up(rows, world_size) if is_sharded else rows for _, _, rows in self._evaluations)
         ]
+
+
+def filled_up(rows: Dataset, multiple: int) -> Dataset:
+    """Rows and, to make their number a multiple, the first ones again, with False in a column ``counts``."""
+    places = [*range(len(rows)), *(place % len(rows) for place in range(-len(rows) % multiple))]
+    counts = [True] * len(rows) + [False] * (len(places) - len(rows))
+    return rows.select(places).add_column("counts", counts)

@@ -301,7 +301,8 @@ def collate(rows: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[str, A
 
     Returns:
         ``input_ids``, ``labels`` (int64, shape ``(batch, length)``), ``attention_mask`` (int64, 1 on tokens), ``label``
-        (int64, shape ``(batch,)``) and ``answer`` (list of str).
+        (int64, shape ``(batch,)``), ``answer`` (list of str) and ``counts`` (bool, shape ``(batch,)``): False where a
+        row only fills the batch up.
     """
     length = max(len(row["input_ids"]) for row in rows)
 
@@ -315,4 +316,5 @@ def collate(rows: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[str, A
         "attention_mask": (torch.arange(length) >= length - lengths[:, None]).long(),
         "label": torch.tensor([row["label"] for row in rows]),
         "answer": [row["answer"] for row in rows],
+        "counts": torch.tensor([bool(row.get("counts", True)) for row in rows]),
     }

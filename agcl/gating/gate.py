@@ -5,11 +5,13 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Self
 
-from torch import Tensor, equal, nn
+import torch
+from torch import Tensor, distributed, equal, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import AgclError
+from ..shards import is_sharded, local_part
 from .plasticity import summary
 
 
@@ -27,21 +29,27 @@ class GatedParameter:
         self.name = name
         self.strength = strength
         self.reference = weakref.ref(parameter)
-        self.importance = importance.detach()
+        self.importance = local_part(importance.detach())
+        self._is_local = is_sharded(importance)
         self.moves = moves
         self._local: Tensor | None = None
         self._rows: Tensor | None = None
         self.mean_plasticity, self.is_open = summary(name, self.importance, strength)
+        if self._is_local:
+            self.mean_plasticity = _mean_of_all(self.mean_plasticity, importance)
 
     def local_importance(self, parameter: Tensor) -> Tensor:
         """Importance beside the parameter: on its device and, where it is sharded (DTensor), this rank's shard."""
         if not self.moves:
-            return _shard_like(parameter, self.importance.to(parameter.device))
+            return self._beside(parameter, self.importance.to(parameter.device))
         if self._local is None or self._local.device != parameter.device:
             self.importance = self.importance.to(parameter.device)
-            self._local = _shard_like(parameter, self.importance)
+            self._local = self._beside(parameter, self.importance)
             self._rows = _few_rows(self._local)
         return self._local
+
+    def _beside(self, parameter: Tensor, importance: Tensor) -> Tensor:
+        return importance if self._is_local else _shard_like(parameter, importance)
 
     def held_rows(self, parameter: Tensor) -> Tensor | None:
         """Indices of the rows with any importance beside the parameter, if those are at most half; else None."""
@@ -159,12 +167,10 @@ def _shard_like(parameter: Any, full: Tensor) -> Tensor:
     return distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None).to_local()
 
 
-def is_sharded(parameter: Tensor) -> bool:
-    """Whether it is a DTensor, without importing torch.distributed.tensor."""
-    return hasattr(parameter, "device_mesh")
-
-
-def local_part(parameter: Tensor) -> Tensor:
-    """The memory behind a parameter: this rank's shard of a DTensor, else the parameter itself, detached."""
-    detached: Any = parameter.detach()
-    return detached.to_local() if is_sharded(detached) else detached
+def _mean_of_all(mean: float, importance: Any) -> float:
+    """Mean over all shards of a DTensor from the one of this rank's; all ranks call it."""
+    local = importance.to_local()
+    total = torch.tensor(mean * local.numel(), device=local.device)
+    for dimension in range(importance.device_mesh.ndim):
+        distributed.all_reduce(total, group=importance.device_mesh.get_group(dimension))
+    return float(total) / max(importance.numel(), 1)

@@ -6,7 +6,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..errors import AgclError
-from .gate import Gate, GatedParameter, is_sharded
+from ..shards import is_sharded
+from .gate import Gate, GatedParameter
 from .plasticity import scaled_gradient
 
 

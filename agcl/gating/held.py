@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .gate import GatedParameter, local_part
+from ..shards import local_part
+from .gate import GatedParameter
 from .plasticity import blend
 
 
@@ -27,7 +28,7 @@ class HeldWeights:
     @classmethod
     def of(cls, gated: GatedParameter, parameter: nn.Parameter) -> "HeldWeights":
         """What the gate holds of a parameter."""
-        return cls(gated, local_part(parameter), gated.held_rows(parameter))
+        return cls(gated, local_part(parameter.detach()), gated.held_rows(parameter))
 
     @property
     def num_entries(self) -> int:

@@ -45,7 +45,8 @@ class UpdateGate(Gate):
         named_parameters: Pairs as from ``model.named_parameters()``. The model is not kept alive.
         importance: Parameter name to tensor of the parameter's shape, fixed point (uint8: ``value / 255``, uint16:
             ``value / 65535``) or floating point in [0, 1], on any device. Held without copying: leave it unchanged.
-            Parameters without importance are not gated.
+            A DTensor that lies as its parameter does is this rank's part already. Parameters without importance are not
+            gated.
         strength: Exponent >= 0; 1 is linear, 0 is no gate.
         moves_importance: Whether the importance moves to the parameters' device when it is first used. If not, it stays
             where it is (host memory), and each parameter's is copied over for the moment it is used.

@@ -10,16 +10,19 @@ from torch import Tensor, nn
 from agcl.attribution.estimators.interface import Estimator, Evidence
 from agcl.attribution.passes import selected_parameters
 from agcl.errors import AgclError
+from agcl.ranks import Ranks
+from agcl.shards import is_sharded, local_part
 
 
 class Magnitude(Estimator):
     """``|W|``."""
 
     uses_samples = False
+    scores_shards = True
 
     def scores(self, evidence: Evidence) -> dict[str, Tensor]:
         """See :meth:`Estimator.scores`."""
-        return {name: parameter.detach().float().abs() for name, parameter in evidence.selected().items()}
+        return {name: local_part(parameter.detach()).float().abs() for name, parameter in evidence.selected().items()}
 
 
 class Change(Estimator):
@@ -56,13 +59,13 @@ class Random(Estimator):
     """Uniform random scores, the same for one seed and name."""
 
     uses_samples = False
+    scores_shards = True
 
     def scores(self, evidence: Evidence) -> dict[str, Tensor]:
         """See :meth:`Estimator.scores`."""
-        return {
-            name: torch.rand(
-                parameter.shape,
-                generator=torch.Generator().manual_seed(zlib.crc32(f"{evidence.seed}/{name}".encode())),
-            ).to(parameter.device)
-            for name, parameter in evidence.selected().items()
-        }
+        scores = {}
+        for name, parameter in evidence.selected().items():
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{evidence.seed}/{name}".encode()))
+            whole = torch.rand(parameter.shape, generator=generator)
+            scores[name] = (Ranks.of_this_run().part(whole) if is_sharded(parameter) else whole).to(parameter.device)
+        return scores

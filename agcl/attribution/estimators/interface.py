@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from agcl.attribution.importance import ImportanceConfig
 from agcl.attribution.passes import Sample, selected_parameters
+from agcl.ranks import ALONE, Ranks
 
 
 @dataclass
@@ -26,6 +27,7 @@ class Evidence:
         config: How scores are aggregated over samples.
         seed: For estimators that draw random numbers.
         only_correct: Whether rows that the model answers wrongly are skipped, and not counted.
+        ranks: The processes that share the samples; all have the same ones.
         on_progress: Called with the number of further samples that were used.
         num_used: Set by the estimator: number of samples that the scores rest on.
     """
@@ -39,6 +41,7 @@ class Evidence:
     config: ImportanceConfig = field(default_factory=ImportanceConfig)
     seed: int = 0
     only_correct: bool = True
+    ranks: Ranks = ALONE
     on_progress: Callable[[int], None] = lambda count: None
     num_used: int = 0
 
@@ -57,9 +60,14 @@ class Estimator(ABC):
 
     Attributes:
         uses_samples: Whether the scores depend on the task's rows.
+        shares_samples: Whether several processes share the samples (``Evidence.ranks``); each then scores its part of
+            every tensor.
+        scores_shards: Whether it scores weights that are split over processes (FSDP2).
     """
 
     uses_samples: ClassVar[bool] = True
+    shares_samples: ClassVar[bool] = False
+    scores_shards: ClassVar[bool] = False
 
     def check(self, model: nn.Module, parameters: Sequence[str], sample: Sample) -> None:  # noqa: B027 (a hook)
         """Called before anything is trained: raise if `scores` could not see into this model.
@@ -89,7 +97,8 @@ class Estimator(ABC):
             evidence: Model, samples and settings; ``num_used`` is set.
 
         Returns:
-            Name -> score >= 0, float32, the parameter's shape; empty if no sample is used (none is answered correctly).
+            Name -> score >= 0, float32, the parameter's shape, or of several ``evidence.ranks`` this one's part of it;
+            empty if no sample is used (none is answered correctly).
         """
 
     def state_dict(self) -> dict[str, Any]:

@@ -10,11 +10,14 @@ from agcl.attribution.estimators.interface import Estimator, Evidence
 from agcl.attribution.importance import SampleAggregator
 from agcl.attribution.passes import GradientRule, Sample, target_logit
 from agcl.attribution.relevance import Consumer, attribute_batch
+from agcl.attribution.turns import Turn
 
 
 class PerSampleGradient(Estimator):
     """Aggregates `score` of each sample's gradient of `objective`; a subclass overrides one or both."""
 
+    shares_samples = True
+    scores_shards = True
     rule: GradientRule = "none"
 
     def objective(self, logits: Tensor, targets: Tensor) -> Tensor:
@@ -43,35 +46,44 @@ class PerSampleGradient(Estimator):
 
     def scores(self, evidence: Evidence) -> dict[str, Tensor]:
         """See :meth:`Estimator.scores`."""
-        aggregator = SampleAggregator(evidence.config, evidence.num_draws)
+        aggregator = SampleAggregator(evidence.config, evidence.num_draws, evidence.ranks)
 
-        def consume(name: str, parameter: nn.Parameter, gradient: Tensor) -> None:
+        def consume(name: str, parameter: Tensor, gradient: Tensor) -> None:
             aggregator.update(name, self.score(parameter.detach(), gradient))
 
         self.visit(evidence, consume)
         return aggregator.aggregate()
 
     def visit(self, evidence: Evidence, consume: Consumer) -> None:
-        """Run samples until enough were used.
+        """Run samples until enough were used; several processes take turns with them.
+
+        The samples used are the same for any number of processes, and so is the order in which they are consumed.
 
         Args:
             evidence: Where ``num_used`` is set.
-            consume: As for :func:`attribute_batch`.
+            consume: As for :func:`attribute_batch`; of several processes, called with this one's part of parameter and
+                gradient for the samples of all.
         """
-        samples = iter(evidence.samples)
-        while batch := _take(samples, min(evidence.batch_size, evidence.num_samples - evidence.num_used)):
-            flags = attribute_batch(
+        samples, ranks = iter(evidence.samples), evidence.ranks
+        while batch := _take(samples, min(evidence.batch_size * ranks.size, evidence.num_samples - evidence.num_used)):
+            device = batch[0].input_ids.device
+            turn = Turn(ranks, consume, len(batch), device, per_sample=evidence.per_sample)
+            # To make the shares equal, the last sample is run again where need be, and not counted.
+            padded = batch + [batch[-1]] * (-len(batch) % ranks.size)
+            attribute_batch(
                 evidence.model,
-                batch,
-                consume=consume,
+                padded[ranks.rank :: ranks.size],
+                consume=turn.consume,
                 rule=self.rule,
                 parameters=evidence.parameters,
                 only_correct=evidence.only_correct,
                 per_sample=evidence.per_sample,
                 objective=self.objective,
+                choose=turn.choose,
             )
-            evidence.num_used += sum(flags)
-            evidence.on_progress(sum(flags))
+            turn.finish()
+            evidence.num_used += turn.num_used
+            evidence.on_progress(turn.num_used)
 
 
 def _take(samples: Iterator[Sample], count: int) -> list[Sample]:

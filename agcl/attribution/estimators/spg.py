@@ -1,10 +1,11 @@
 """Soft-masking of parameter-level gradient flow (Konishi et al., ICML 2023, arXiv 2306.14775)."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from agcl.attribution.estimators.interface import Evidence
 from agcl.attribution.estimators.per_sample import PerSampleGradient, log_probability
+from agcl.ranks import Ranks
 
 
 class SPG(PerSampleGradient):
@@ -22,16 +23,19 @@ class SPG(PerSampleGradient):
         """See :meth:`Estimator.scores`."""
         sums: dict[str, Tensor] = {}
 
-        def consume(name: str, parameter: nn.Parameter, gradient: Tensor) -> None:
+        def consume(name: str, parameter: Tensor, gradient: Tensor) -> None:
             if name in sums:
                 sums[name].add_(gradient)
             else:
                 sums[name] = gradient.float()
 
         self.visit(evidence, consume)
-        return {name: _standardised(sums.pop(name)) for name in list(sums)}
+        return {name: _standardised(sums.pop(name), evidence.ranks) for name in list(sums)}
 
 
-def _standardised(gradient: Tensor) -> Tensor:
-    deviation, mean = torch.std_mean(gradient, correction=0)
+def _standardised(gradient: Tensor, ranks: Ranks) -> Tensor:
+    """Of the processes' parts together."""
+    count = ranks.total(torch.tensor(gradient.numel(), device=gradient.device))
+    mean = ranks.total(gradient.sum()) / count
+    deviation = (ranks.total((gradient - mean).square().sum()) / count).sqrt()
     return ((gradient - mean) / deviation.clamp_min(torch.finfo(gradient.dtype).tiny)).tanh_().abs_()
