@@ -11,7 +11,7 @@ from typing import Any
 from jsonargparse import ArgumentError
 
 from agcl import commands
-from agcl.errors import AgclError
+from agcl.errors import user_error
 from agcl.trust import denied_import, restrict_imports
 
 DEBUG = "--debug"
@@ -31,6 +31,7 @@ _REMEDIES = {
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST), _PERMISSION),
 }
 
+_CHECK = "Show what a configuration's rows look like to the model, a forecast, and every problem, without training."
 _PLAN = "Print what memory and time a configuration would take, before anything is loaded."
 
 
@@ -55,7 +56,7 @@ def main(args: Sequence[str] | None = None) -> None:
         if debug:
             raise
         line = f"agcl: error: {_one_line(error, words)}"
-        if _user_error(error) is not None or not isinstance(error, ArgumentError):
+        if user_error(error) is not None or not isinstance(error, ArgumentError):
             sys.exit(line)
         print(line, file=sys.stderr)
         status = 2
@@ -66,21 +67,24 @@ def main(args: Sequence[str] | None = None) -> None:
 def _run(words: list[str], is_command_line: bool) -> int:
     if words and words[0] in commands.COMMANDS:
         return commands.run(words)
+    if words and words[0] == "check":
+        from agcl.checking import command
+
+        return command.run(words[1:])
     if words and words[0] == "plan":
         from agcl import planning
 
         return planning.run(words[1:])
     from agcl import lightning_cli  # seconds to import, which the other commands do without
 
-    lightning_cli.run(
-        None if is_command_line else words, epilog=f"{commands.help_text()} Besides, `agcl plan`: {_PLAN}"
-    )
+    epilog = f"{commands.help_text()} Besides, `agcl check`: {_CHECK} Besides, `agcl plan`: {_PLAN}"
+    lightning_cli.run(None if is_command_line else words, epilog=epilog)
     return 0
 
 
 def _one_line(error: Exception, words: list[str]) -> str:
     """What went wrong and what to do about it."""
-    if (ours := _user_error(error)) is not None:
+    if (ours := user_error(error)) is not None:
         return " ".join(str(ours).split())
     if isinstance(error, ArgumentError):
         return _argument_line(str(error), words)
@@ -89,13 +93,6 @@ def _one_line(error: Exception, words: list[str]) -> str:
         remedy = _REMEDIES.get(error.errno or 0)
         return f"{text}; {remedy}." if remedy else text
     return f"{type(error).__name__}: {text or 'no message'} (not foreseen; add {DEBUG} to see where)"
-
-
-def _user_error(error: BaseException | None) -> AgclError | None:
-    """The error of ours behind one that the parser raised while it built an object from its configuration."""
-    while error is not None and not isinstance(error, AgclError):
-        error = error.__cause__ or error.__context__
-    return error
 
 
 def _argument_line(message: str, words: list[str]) -> str:

@@ -1,9 +1,42 @@
 """The errors a user can cause and mend; the command line prints them as one line."""
 
+from collections.abc import Iterable
+
 
 class AgclError(ValueError):
-    """A setting, file or model that cannot work; the message names it and the remedy in one line."""
+    """A setting, file or model that cannot work; each message names it and the remedy in one line.
+
+    Args:
+        *problems: One message, or several that were found together, in the order of finding. Printed is the first of
+            them, and how many follow; ``agcl check`` prints all.
+    """
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """All messages."""
+        return tuple(map(str, self.args))
+
+    def __str__(self) -> str:
+        first, *others = self.problems or ("",)
+        return f"{first} ({len(others)} more: `agcl check` lists all)" if others else first
 
 
 class UnsupportedModelError(AgclError):
     """A model or one of its operations that attribution cannot see into."""
+
+
+def raise_any(problems: Iterable[str]) -> None:
+    """Raise one error for all problems; nothing, if there are none.
+
+    Raises:
+        AgclError: With all of them.
+    """
+    if found := tuple(problems):
+        raise AgclError(*found)
+
+
+def user_error(error: BaseException | None) -> AgclError | None:
+    """The error of ours behind one that a parser raised while it built an object from its configuration."""
+    while error is not None and not isinstance(error, AgclError):
+        error = error.__cause__ or error.__context__
+    return error

@@ -56,8 +56,8 @@ class Assumptions:
 def run(args: Sequence[str]) -> int:
     """Print the forecast of the configuration that the arguments give; the exit status: 1 if it does not fit."""
     cli = FitConfiguration(args, prog="agcl plan", description=DESCRIPTION, options=Assumptions)
-    machine = _machine(cli.config)
-    size = model_size(cli.config.model, _attribution(cli.config))
+    machine = machine_of(cli.config)
+    size = model_size(cli.config.model, attribution_options(cli.config))
     settings = read_settings(cli.config, machine)
     work = _read_work(cli) if cli.config.read_data else read_work(cli.config, settings.devices)
     found = forecast(size, settings, work, machine)
@@ -83,21 +83,21 @@ def model_size(model: Any, callback: Any) -> ModelSize:
     Raises:
         AgclError: If the configuration cannot be loaded, or no model built from it.
     """
-    config = load_config(model.model_name_or_path, gguf_file=model.gguf_file, trust_remote_code=model.trust_remote_code)
-    try:
-        with torch.device("meta"):
-            built: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
-            if model.adapter is not None:
-                built = get_peft_model(built, get_peft_config({"task_type": "CAUSAL_LM", **model.adapter}))
-    except Exception as error:  # transformers and PEFT raise many types
-        reason = " ".join(str(error).split())[:300]
-        raise AgclError(
-            f"No model can be built from the configuration of `{model.model_name_or_path}`: {reason}"
-        ) from error
-    text = config.get_text_config()
+    built = weightless_model(model)
+    gated = {} if callback is None else gated_sizes(built, callback.get("parameters", ""))
+    return size_of(built, gated)
+
+
+def size_of(built: Any, gated: dict[str, int]) -> ModelSize:
+    """What of a model decides memory and time.
+
+    Args:
+        built: The model, with its adapter if it has one.
+        gated: Name -> number of entries of the parameters that get importance.
+    """
+    text = built.config.get_text_config()
     inner = getattr(text, "moe_intermediate_size", None) or getattr(text, "intermediate_size", None)
     inner = inner or getattr(text, "n_inner", None) or 4 * text.hidden_size
-    gated = {} if callback is None else _gated(built, callback.get("parameters", ""))
     return ModelSize(
         weights=sum(parameter.numel() for parameter in built.parameters()),
         trained=sum(parameter.numel() for parameter in built.parameters() if parameter.requires_grad),
@@ -110,7 +110,30 @@ def model_size(model: Any, callback: Any) -> ModelSize:
     )
 
 
-def _gated(model: nn.Module, pattern: str) -> dict[str, int]:
+def weightless_model(model: Any) -> Any:
+    """The model of a configuration, adapter included, on the meta device: shapes alone.
+
+    Args:
+        model: The arguments of ``ContinualLM``.
+
+    Raises:
+        AgclError: If the configuration cannot be loaded, or no model built from it.
+    """
+    config = load_config(model.model_name_or_path, gguf_file=model.gguf_file, trust_remote_code=model.trust_remote_code)
+    try:
+        with torch.device("meta"):
+            built: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
+            if model.adapter is not None:
+                built = get_peft_model(built, get_peft_config({"task_type": "CAUSAL_LM", **model.adapter}))
+    except Exception as error:  # transformers and PEFT raise many types
+        reason = " ".join(str(error).split())[:300]
+        raise AgclError(
+            f"No model can be built from the configuration of `{model.model_name_or_path}`: {reason}"
+        ) from error
+    return built
+
+
+def gated_sizes(model: nn.Module, pattern: str) -> dict[str, int]:
     """Name -> number of entries of the parameters that get importance."""
     named = model.named_parameters()
     return {name: p.numel() for name, p in named if p.requires_grad and re.search(pattern, name)}
@@ -123,7 +146,7 @@ def read_settings(config: Any, machine: Machine) -> Settings:
         config: Of ``agcl fit``.
         machine: On which ``precision`` is chosen where the configuration leaves it out.
     """
-    trainer, callback = config.trainer, _attribution(config)
+    trainer, callback = config.trainer, attribution_options(config)
     default: Precision = "32" if machine is MACHINES["cpu"] else "bf16-mixed"
     precision: Precision = (
         default if trainer.precision is None else _PRECISIONS.get(str(trainer.precision), "bf16-mixed")
@@ -190,7 +213,7 @@ def _read_work(cli: FitConfiguration) -> Work:
 
 
 def _work(config: Any, **found: Any) -> Work:
-    callback = _attribution(config)
+    callback = attribution_options(config)
     given = {} if callback is None else callback
     regime: Regime = config.data.regime
     return Work(
@@ -202,7 +225,7 @@ def _work(config: Any, **found: Any) -> Work:
     )
 
 
-def _attribution(config: Any) -> Any:
+def attribution_options(config: Any) -> Any:
     """The arguments of the configuration's AttributionCallback, None if there is none."""
     for callback in config.trainer.callbacks or []:
         if issubclass(_class_of(callback.class_path), AttributionCallback):
@@ -228,7 +251,8 @@ def _num_devices(devices: Any) -> int:
     return len(devices.split(",")) if isinstance(devices, str) and "," in devices else int(devices)
 
 
-def _machine(config: Any) -> Machine:
+def machine_of(config: Any) -> Machine:
+    """The machine that a command's ``machine`` option names, or what is likely to be there."""
     if config.machine is not None:
         return MACHINES[config.machine]
     is_cpu = config.trainer.accelerator == "cpu" or (

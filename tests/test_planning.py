@@ -26,7 +26,7 @@ def test_weights_are_counted_without_the_checkpoint(llama_folder, task_files, tm
     folder.mkdir()
     (folder / "config.json").write_text((llama_folder / "config.json").read_text())
     config = configuration(write_config(folder, task_files, tmp_path, model__adapter=adapter))
-    size = planning.model_size(config.model, planning._attribution(config))
+    size = planning.model_size(config.model, planning.attribution_options(config))
     weights = sum(p.numel() for p in AutoModelForCausalLM.from_config(tiny_config("llama")).parameters())
     if adapter is None:
         assert (size.weights, size.trained, size.gated) == (weights, weights, weights)
@@ -41,9 +41,9 @@ def test_weights_are_counted_without_the_checkpoint(llama_folder, task_files, tm
 def test_only_named_parameters_count_as_gated(llama_folder, task_files, tmp_path):
     callbacks = [{"class_path": "agcl.AttributionCallback", "init_args": {"parameters": "up_proj"}}]
     config = configuration(write_config(llama_folder, task_files, tmp_path, trainer__callbacks=callbacks))
-    assert planning.model_size(config.model, planning._attribution(config)).gated == 2 * 16 * 32
+    assert planning.model_size(config.model, planning.attribution_options(config)).gated == 2 * 16 * 32
     without = configuration(write_config(llama_folder, task_files, tmp_path, trainer__callbacks=[]))
-    assert planning.model_size(without.model, planning._attribution(without)).gated == 0
+    assert planning.model_size(without.model, planning.attribution_options(without)).gated == 0
     assert not planning.read_settings(without, MACHINES["cpu"]).gate
 
 

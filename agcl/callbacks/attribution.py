@@ -15,10 +15,12 @@ from agcl.attribution.estimators import LRP, Estimator
 from agcl.attribution.importance import ImportanceConfig
 from agcl.attribution.levels import Bits
 from agcl.attribution.merging import How
+from agcl.attribution.passes import Sample
 from agcl.callbacks.gathering import Gatherer
 from agcl.callbacks.importance_so_far import ImportanceSoFar, Place
 from agcl.callbacks.single_task import InitialModel, check_single_task, gather_from_single_task
 from agcl.data.samples import resolve_seed
+from agcl.data.sequence import Regime
 from agcl.errors import AgclError
 from agcl.gating import GradientGate, UpdateGate, cancels_gradient_gate, choose_gate, flattened, shuffled
 from agcl.shards import has_shards
@@ -145,22 +147,41 @@ class AttributionCallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Check regime, optimizer, parameters and architecture before anything is trained."""
-        if pl_module.tasks.regime == "joint":
-            raise AgclError(
-                "AttributionCallback protects old tasks from new ones; `regime: joint` has neither. Leave it out."
-            )
+        self.check_regime(pl_module.tasks.regime)
         if self.source == "single_task":
             check_single_task(trainer)
             self._initial = self._initial or InitialModel.of(pl_module)
-        optimizer = self._optimizer(trainer)
-        if self.gate == "gradient" and cancels_gradient_gate(optimizer):
-            rank_zero_warn(
-                f"gate: gradient protects nothing under {type(optimizer).__name__}, whose step does not change when a "
-                "gradient entry is scaled by a constant. Use gate: update (or auto), or SGD."
-            )
-        self._gatherer.check(trainer, pl_module)
+        if warning := self.gate_warning(self._optimizer(trainer)):
+            rank_zero_warn(warning)
+        with trainer.precision_plugin.forward_context():
+            self.check_model(pl_module.model, next(self._gatherer.samples(trainer, pl_module, 0)))
         if has_shards(pl_module.model):
             self._check_shards()
+
+    def check_regime(self, regime: Regime) -> None:
+        """Raise if there are no old tasks to protect."""
+        if regime == "joint":
+            raise AgclError(
+                "AttributionCallback protects old tasks from new ones; `regime: joint` has neither. Leave it out."
+            )
+
+    def gate_warning(self, optimizer: torch.optim.Optimizer) -> str | None:
+        """What to be told where the gate has no effect under an optimizer."""
+        if self.gate != "gradient" or not cancels_gradient_gate(optimizer):
+            return None
+        return (
+            f"gate: gradient protects nothing under {type(optimizer).__name__}, whose step does not change when a "
+            "gradient entry is scaled by a constant. Use gate: update (or auto), or SGD."
+        )
+
+    def check_model(self, model: torch.nn.Module, sample: Sample) -> None:
+        """Raise if no parameter is to be scored, or the estimator cannot see into the model.
+
+        Args:
+            model: The model, or one of the same architecture.
+            sample: A row of the first task, answered right or wrong.
+        """
+        self._gatherer.check(model, sample)
 
     def _check_shards(self) -> None:
         if self.control != "none":

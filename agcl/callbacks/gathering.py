@@ -1,5 +1,6 @@
 """From a task that a model has learned to the task's importance, and what is noted beside it."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,8 @@ from agcl.attribution.estimators import Estimator
 from agcl.attribution.fingerprints import fingerprint
 from agcl.attribution.importance import ImportanceConfig, Parts, normalise
 from agcl.attribution.levels import DTYPES, Bits
+from agcl.attribution.passes import Sample
+from agcl.data.samples import training_samples
 from agcl.errors import AgclError
 from agcl.evidence import check_pattern, matching_parameters, task_evidence
 from agcl.ranks import ALONE, Ranks
@@ -67,18 +70,21 @@ class Gatherer:
             raise AgclError(f"`importance_bits` is {self.bits}; choose 8 or 16.")
         check_pattern(self.parameters)
 
-    def check(self, trainer: Trainer, pl_module: Any) -> None:
+    def check(self, model: nn.Module, sample: Sample) -> None:
         """Check, before anything is trained, that there are parameters to score and the estimator sees into the model.
+
+        Args:
+            model: The model.
+            sample: One of the first task's, answered right or wrong.
 
         Raises:
             AgclError: If ``parameters`` matches none.
             UnsupportedModelError: From the estimator.
         """
-        evidence = task_evidence(trainer, pl_module, 0, self.parameters, self.num_samples, seed=self.seed)
-        if has_shards(pl_module.model):
-            self._check_shards(pl_module.model)
-        with trainer.precision_plugin.forward_context():
-            self.estimator.check(pl_module.model, evidence.parameters, next(iter(evidence.samples)))
+        names = matching_parameters(model, self.parameters)
+        if has_shards(model):
+            self._check_shards(model)
+        self.estimator.check(model, names, sample)
 
     def _check_shards(self, model: nn.Module) -> None:
         check_layout(model)
@@ -137,6 +143,11 @@ class Gatherer:
         parts = Parts(Ranks.of_this_run() if is_sharded else ranks, shapes, keeps_whole=not is_sharded)
         metadata = self._metadata(pl_module, task, evidence.num_used)
         return Gathered(normalise(scores, self.config, self.bits, parts), evidence.num_used, metadata, shapes)
+
+    def samples(self, trainer: Trainer, pl_module: Any, task_index: int) -> Iterator[Sample]:
+        """A task's training rows in a fixed random order, as samples."""
+        datamodule = trainer.datamodule  # type: ignore[attr-defined]
+        return training_samples(datamodule, task_index, seed=self.seed, device=pl_module.device)
 
     def _metadata(self, pl_module: Any, task: str, num_samples: int) -> dict[str, str]:
         settings = {

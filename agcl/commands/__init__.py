@@ -13,10 +13,12 @@ from agcl.commands.check_model import check_model
 from agcl.commands.compare_methods import compare_methods
 from agcl.commands.export import export
 from agcl.commands.importance import compare, merge, show
+from agcl.commands.init import init
 
 Command = Callable[..., int | None]
 
 COMMANDS: dict[str, Command | dict[str, Any]] = {
+    "init": init,
     "importance": {
         "_help": "Show, merge and compare importance files.",
         "show": show,

@@ -54,7 +54,7 @@ def check_model(
     options: dict[str, Any] = {"gguf_file": gguf_file, "trust_remote_code": trust_remote_code}
     sample: dict[str, Any] = {} if prompt is None else _sample(model_name_or_path, prompt, answer, options)
     if random_weights:
-        model = _random_model(model_name_or_path, getattr(torch, dtype), layers, options)
+        model = random_model(model_name_or_path, getattr(torch, dtype), layers, options)
     else:
         model = load_model(model_name_or_path, dtype=getattr(torch, dtype), **options)
     check = run_check(model, **sample)
@@ -82,8 +82,18 @@ def _sample(name: str, prompt: str, answer: str | None, options: dict[str, Any])
     }
 
 
-def _random_model(name: str, dtype: torch.dtype, layers: int | None, options: dict[str, Any]) -> Any:
-    """The architecture alone; the same weights each time, without touching the random state."""
+def random_model(name: str, dtype: torch.dtype, layers: int | None, options: dict[str, Any]) -> Any:
+    """The architecture alone; the same weights each time, without touching the random state.
+
+    Args:
+        name: Hub name, local folder, or builtin:NAME.
+        dtype: Of the weights.
+        layers: Number of layers; the configuration's if None.
+        options: ``gguf_file`` and ``trust_remote_code``.
+
+    Raises:
+        AgclError: If it cannot be built.
+    """
     from transformers import AutoModelForCausalLM
 
     from agcl.models import load_config

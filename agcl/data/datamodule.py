@@ -20,7 +20,7 @@ from agcl.data.replay import Replay, draw
 from agcl.data.sequence import Regime, TaskSequence, in_order
 from agcl.data.sources import in_folder
 from agcl.data.tasks import IGNORED_LABEL, AnswerEncoder, ScoredSplit, Task, collate
-from agcl.errors import AgclError
+from agcl.errors import AgclError, raise_any
 from agcl.models import load_config, load_tokenizer
 
 
@@ -114,24 +114,25 @@ class ContinualDataModule(LightningDataModule):
         self.trust_remote_code = trust_remote_code
         self._train_rows: list[Dataset] = []
         self._evaluations: list[tuple[int, str | None, Dataset]] = []
-        self._check_options()
+        raise_any(self._problems())
 
-    def _check_options(self) -> None:
+    def _problems(self) -> Iterator[str]:
         for name, least in (("batch_size", 1), ("eval_batch_size", 1), ("max_length", 2), ("num_workers", 0)):
             value = getattr(self, name)
             if value is not None and value < least:
-                raise AgclError(f"`{name}` is {value}; give at least {least}.")
+                yield f"`{name}` is {value}; give at least {least}."
         for task in self.tasks:
-            next(task.evaluations(self.evaluate_on))  # raises where there is no such split
+            try:
+                next(task.evaluations(self.evaluate_on))
+            except AgclError as error:  # there is no such split
+                yield from error.problems
         if self.replay is None:
             return
         if self.tasks.regime == "joint":
-            raise AgclError(
-                "`replay` has no meaning with `regime: joint`, which trains on all rows anyway: leave it out."
-            )
+            yield "`replay` has no meaning with `regime: joint`, which trains on all rows anyway: leave it out."
         num_old = len(self.tasks) - 1
         if self.replay.buffer_size is not None and self.replay.buffer_size < num_old:
-            raise AgclError(
+            yield (
                 f"`replay.buffer_size` is {self.replay.buffer_size}, but {num_old} old tasks come to share it: give at "
                 f"least {num_old}, so that each keeps a row."
             )
@@ -147,17 +148,10 @@ class ContinualDataModule(LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Load, check and encode all tasks; check that the Trainer runs all of them."""
         if self.trainer is not None and stage == "fit":
-            self._check_trainer()
+            self.check_trainer(self.trainer)
         if self._train_rows:
             return
-        self.tokenizer = load_tokenizer(
-            self.model_name_or_path, gguf_file=self.gguf_file, trust_remote_code=self.trust_remote_code
-        )
-        config = load_config(
-            self.model_name_or_path, gguf_file=self.gguf_file, trust_remote_code=self.trust_remote_code
-        ).get_text_config()
-        vocab_size = getattr(config, "vocab_size", None)
-        self.encoder = AnswerEncoder(self.tokenizer, self._length_limit(config), self.truncation, vocab_size)
+        self.load_encoder()
         train_rows, evaluations = [], []
         for index, task in enumerate(self.tasks):
             train_rows.append(self.encoder.encode_rows(task, task.train_split, task.prompt))
@@ -166,18 +160,39 @@ class ContinualDataModule(LightningDataModule):
                 evaluations.append((index, name, rows))
         self._train_rows, self._evaluations = train_rows, evaluations
 
-    def _length_limit(self, config: Any) -> int:
+    def load_encoder(self) -> None:
+        """Load the tokenizer, and make of it what turns rows into tokens; no row is looked at.
+
+        Raises:
+            AgclError: If there is no such model, or ``max_length`` exceeds its context.
+        """
+        self.tokenizer = load_tokenizer(
+            self.model_name_or_path, gguf_file=self.gguf_file, trust_remote_code=self.trust_remote_code
+        )
+        config = self._text_config()
         context = getattr(config, "max_position_embeddings", None)
         if self.max_length is not None and context is not None and self.max_length > context:
             raise AgclError(f"`max_length` is {self.max_length}, but the model's context has {context} tokens.")
-        return self.max_length or context or int(self.tokenizer.model_max_length)
+        limit = self.max_length or context or int(self.tokenizer.model_max_length)
+        self.encoder = AnswerEncoder(self.tokenizer, limit, self.truncation, getattr(config, "vocab_size", None))
 
-    def _check_trainer(self) -> None:
-        trainer = self.trainer
-        if trainer.fast_dev_run:  # type: ignore[union-attr]
-            return
-        if trainer.val_check_interval != 1.0 or trainer.limit_val_batches == 0:  # type: ignore[union-attr]
-            raise AgclError(
+    def context_tokens(self) -> int | None:
+        """Length of the model's context, as its configuration states it, if it does."""
+        return getattr(self._text_config(), "max_position_embeddings", None)
+
+    def _text_config(self) -> Any:
+        return load_config(
+            self.model_name_or_path, gguf_file=self.gguf_file, trust_remote_code=self.trust_remote_code
+        ).get_text_config()
+
+    def check_trainer(self, trainer: Any) -> None:
+        """Raise if a Trainer would not run all tasks, or not score them on all rows."""
+        if not trainer.fast_dev_run:
+            raise_any(self._trainer_problems(trainer))
+
+    def _trainer_problems(self, trainer: Any) -> Iterator[str]:
+        if trainer.val_check_interval != 1.0 or trainer.limit_val_batches == 0:
+            yield (
                 "Tasks are scored at their end, on all rows: leave the Trainer's `val_check_interval` at 1.0 and give "
                 "`limit_val_batches` a value above 0."
             )
@@ -186,7 +201,7 @@ class ContinualDataModule(LightningDataModule):
             if wanted == -1:  # the Trainer keeps "all" as infinity
                 wanted = float("inf")
             if value != wanted:
-                raise AgclError(
+                yield (
                     f"The Trainer's `{name}` is {value}, but learning these tasks needs {wanted}: "
                     "build it as `Trainer(**data.trainer_arguments(), ...)`, or leave it out on the command line."
                 )

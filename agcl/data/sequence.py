@@ -1,12 +1,12 @@
 """The tasks of a run in the order of learning, and which of its epochs each takes part in."""
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import Any, Literal
 
 from agcl.data.tasks import Task
-from agcl.errors import AgclError
+from agcl.errors import AgclError, raise_any
 
 Regime = Literal["sequential", "joint"]
 
@@ -31,9 +31,11 @@ class TaskSequence(Sequence[Task]):
         if not tasks:
             raise AgclError("`tasks` is empty: declare at least one task.")
         names = [task.name for task in tasks]
-        for name in names:
-            if names.count(name) > 1:
-                raise AgclError(f"Two tasks are named `{name}`: task names must differ.")
+        raise_any(
+            f"Two tasks are named `{name}`: task names must differ."
+            for name in dict.fromkeys(names)
+            if names.count(name) > 1
+        )
         self._tasks = list(tasks)
         self.regime = regime
         epochs = [task.epochs for task in tasks]
@@ -104,12 +106,17 @@ def in_order(tasks: Sequence[Task], order: Sequence[str]) -> list[Task]:
         AgclError: If a name is unknown, missing, or there twice.
     """
     by_name = {task.name: task for task in tasks}
-    for name in order:
-        if name not in by_name:
-            raise AgclError(f"`order` names `{name}`, which is no task; declared are {', '.join(by_name)}.")
-        if list(order).count(name) > 1:
-            raise AgclError(f"`order` names `{name}` more than once.")
-    missing = [name for name in by_name if name not in order]
-    if missing:
-        raise AgclError(f"`order` leaves out {', '.join(missing)}: it must name every declared task once.")
+    raise_any(order_problems(list(by_name), order))
     return [by_name[name] for name in order]
+
+
+def order_problems(declared: Sequence[str], order: Sequence[str]) -> Iterator[str]:
+    """What is wrong with an order of learning, given the names of all tasks."""
+    for name in dict.fromkeys(order):
+        if name not in declared:
+            yield f"`order` names `{name}`, which is no task; declared are {', '.join(declared)}."
+        elif list(order).count(name) > 1:
+            yield f"`order` names `{name}` more than once."
+    missing = [name for name in declared if name not in order]
+    if missing:
+        yield f"`order` leaves out {', '.join(missing)}: it must name every declared task once."

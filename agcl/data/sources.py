@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import datasets
 from datasets import ClassLabel, Dataset, ReadInstruction, concatenate_datasets
 
-from agcl.errors import AgclError
+from agcl.errors import AgclError, raise_any
 
 if TYPE_CHECKING:
     from agcl.data.tasks import Task
@@ -32,7 +32,7 @@ def in_folder(task: Task, folder: str) -> Task:
         raise AgclError(f"`data_dir` is {folder}, which is not a folder: name the one that holds the tasks' files.")
 
     def located(source: str) -> str:
-        is_file = _builder_suffix(source) is not None and not source.startswith(("builtin:", "~"))
+        is_file = builder_suffix(source) is not None and not source.startswith(("builtin:", "~"))
         return str(root / source) if is_file else source
 
     if isinstance(task.source, str):
@@ -73,14 +73,17 @@ def load_rows(task: Task, split: str, columns: Sequence[str]) -> Dataset:
                 f"Task `{task.name}`: split `{split}` of {task.source} cannot be loaded: {reason}. Mend `source`, "
                 "or the split's name."
             ) from error
-    for column in columns:
-        if column not in rows.column_names:
-            raise AgclError(
-                f"Task `{task.name}`: there is no column `{column}` in {task.source}; "
-                f"its columns are {', '.join(rows.column_names)}."
-            )
-        if f"{column}.1" in rows.column_names:  # as the reader of tables renames a second one
-            raise AgclError(f"Task `{task.name}`: {task.source} has two columns `{column}`; rename or remove one.")
+    raise_any(
+        f"Task `{task.name}`: there is no column `{column}` in {task.source}; "
+        f"its columns are {', '.join(rows.column_names)}."
+        for column in columns
+        if column not in rows.column_names
+    )
+    raise_any(
+        f"Task `{task.name}`: {task.source} has two columns `{column}`; rename or remove one."
+        for column in columns
+        if f"{column}.1" in rows.column_names  # as the reader of tables renames a second one
+    )
     if task.drop_empty:
         texts = [rows[column][:] for column in columns]
         rows = rows.select([i for i, row in enumerate(zip(*texts, strict=True)) if not any(map(is_empty, row))])
@@ -118,7 +121,7 @@ def _fulfilling(task: Task, rows: Dataset) -> Dataset:
     return rows.select(indices)
 
 
-def _builder_suffix(source: str) -> str | None:
+def builder_suffix(source: str) -> str | None:
     """The suffix that says how a file is to be read; None if ``source`` is no file."""
     return next((suffix for suffix in reversed(Path(source).suffixes) if suffix in _BUILDERS), None)
 
@@ -133,18 +136,21 @@ def _load_arguments(task: Task) -> dict[str, Any]:
             names = sorted(str(p.relative_to(BUILTIN_FOLDER).with_suffix("")) for p in BUILTIN_FOLDER.glob("*/*.jsonl"))
             raise AgclError(f"Task `{task.name}`: there is no `{first}`; built in are {', '.join(names)}.")
         return {"path": "json", "data_files": {"train": str(path)}}
-    suffix = _builder_suffix(first)
+    suffix = builder_suffix(first)
     if suffix is None:
         if first.startswith((".", "/", "~")) and not Path(first).expanduser().exists():
             raise AgclError(f"Task `{task.name}`: {first} does not exist.")
         return {"path": first, "name": task.subset}
-    for file in files.values():
-        if not Path(file).expanduser().is_file():
-            raise AgclError(
-                f"Task `{task.name}`: the file {file} does not exist. Relative files are looked for in `data_dir`."
-            )
-        if not Path(file).expanduser().stat().st_size:
-            raise AgclError(f"Task `{task.name}`: the file {file} is empty; write rows into it, or leave the task out.")
+    raise_any(
+        f"Task `{task.name}`: the file {file} does not exist. Relative files are looked for in `data_dir`."
+        for file in files.values()
+        if not Path(file).expanduser().is_file()
+    )
+    raise_any(
+        f"Task `{task.name}`: the file {file} is empty; write rows into it, or leave the task out."
+        for file in files.values()
+        if not Path(file).expanduser().stat().st_size
+    )
     arguments: dict[str, Any] = {"path": _BUILDERS[suffix]}
     arguments["data_files"] = {name: str(Path(file).expanduser()) for name, file in files.items()}
     if suffix == ".tsv":

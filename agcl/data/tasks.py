@@ -2,7 +2,7 @@
 
 import re
 import string
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from agcl.data.repeats import Repeats
 from agcl.data.sources import is_empty, load_rows, quiet_datasets
-from agcl.errors import AgclError
+from agcl.errors import AgclError, raise_any
 
 IGNORED_LABEL = -100  # what torch's cross entropy leaves out
 
@@ -70,7 +70,7 @@ class Task:
         max_new_tokens: Length limit of generated answers in tokens. Without it, that of the longest right answer.
 
     Raises:
-        AgclError: If a value is not usable; the message names the task.
+        AgclError: If values are not usable, with a message for each; it names the task.
     """
 
     name: str
@@ -92,50 +92,41 @@ class Task:
     max_new_tokens: int | None = None
 
     def __post_init__(self) -> None:
+        problems = [f"Task `{self.name}`: {problem}" for problem in self._problems()]
         if not self.name or any(c in self.name for c in "/\\ "):
-            raise AgclError(f"Task name {self.name!r} must not be empty or contain slashes or spaces.")
+            problems.insert(0, f"Task name {self.name!r} must not be empty or contain slashes or spaces.")
+        raise_any(problems)
+
+    def _problems(self) -> Iterator[str]:
         if self.epochs < 1:
-            raise AgclError(f"Task `{self.name}`: `epochs` is {self.epochs}; give at least 1.")
+            yield f"`epochs` is {self.epochs}; give at least 1."
         for option in ("max_answer_tokens", "max_new_tokens"):
             limit = getattr(self, option)
             if limit is not None and limit < 1:
-                raise AgclError(f"Task `{self.name}`: `{option}` is {limit}; give at least 1.")
+                yield f"`{option}` is {limit}; give at least 1."
         if self.metric.startswith("label") and not self.labels:
-            raise AgclError(f"Task `{self.name}`: metric `{self.metric}` needs `labels`, the list of possible answers.")
+            yield f"metric `{self.metric}` needs `labels`, the list of possible answers."
         prompts = [self.prompt, *(probe.prompt for probe in self.probes.values() if probe.prompt is not None)]
         for option, template in [("answer", self.answer), *(("prompt", prompt) for prompt in prompts)]:
-            self._check_template(option, template)
+            if not _is_template(template):
+                yield (
+                    f"`{option}` is {template!r}; it must hold at least one {{column}} by its plain name. Write {{{{ "
+                    "and }} for braces as such."
+                )
         if self.labels is not None and len(set(self.labels)) < len(self.labels):
-            raise AgclError(
-                f"Task `{self.name}`: `labels` names a label twice: {', '.join(self.labels)}; leave one out."
-            )
-        if self.labels is not None and len(template_columns(self.answer)) != 1:
-            raise AgclError(f"Task `{self.name}`: with `labels`, `answer` must hold exactly one {{column}}.")
-        self._check_substitutions()
+            yield f"`labels` names a label twice: {', '.join(self.labels)}; leave one out."
+        if self.labels is not None and _is_template(self.answer) and len(template_columns(self.answer)) != 1:
+            yield "with `labels`, `answer` must hold exactly one {column}."
+        yield from self._substitution_problems()
 
-    def _check_substitutions(self) -> None:
+    def _substitution_problems(self) -> Iterator[str]:
         if self.substitutions and self.metric.startswith("label"):
-            raise AgclError(
-                f"Task `{self.name}`: metric `{self.metric}` compares with `labels`, so `substitutions` cannot be used."
-            )
+            yield f"metric `{self.metric}` compares with `labels`, so `substitutions` cannot be used."
         for pattern, replacement in self.substitutions.items():
             try:
                 re.sub(pattern, replacement, "")
             except re.error as error:
-                raise AgclError(
-                    f"Task `{self.name}`: the substitution {pattern!r}: {replacement!r} cannot be used: {error}."
-                ) from error
-
-    def _check_template(self, option: str, template: str) -> None:
-        try:
-            is_usable = all(name and name.isidentifier() for name in _fields(template)) and template_columns(template)
-        except ValueError:  # unbalanced braces
-            is_usable = False
-        if not is_usable:
-            raise AgclError(
-                f"Task `{self.name}`: `{option}` is {template!r}; it must hold at least one {{column}} by its plain "
-                "name. Write {{ and }} for braces as such."
-            )
+                yield f"the substitution {pattern!r}: {replacement!r} cannot be used: {error}."
 
     def compared(self, answer: str) -> str:
         """An answer as it is compared: after the substitutions, without surrounding white space."""
@@ -169,8 +160,37 @@ def template_columns(template: str) -> list[str]:
     return [name for name in _fields(template) if name]
 
 
+def columns_of(task: Task, prompt: str) -> list[str]:
+    """Names of the columns that a task's rows need under a prompt template."""
+    return list(dict.fromkeys([*template_columns(prompt), *template_columns(task.answer)]))
+
+
+def _is_template(template: str) -> bool:
+    try:
+        return all(name and name.isidentifier() for name in _fields(template)) and bool(template_columns(template))
+    except ValueError:  # unbalanced braces
+        return False
+
+
 def _fields(template: str) -> list[str]:
     return [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+
+
+@dataclass(frozen=True)
+class TokenisedRow:
+    """A row in tokens, before anything is cut.
+
+    Attributes:
+        prompt_ids: The prompt's token ids.
+        answer_ids: The answer's, closed by the end-of-sequence token.
+        answer: The answer's text.
+        label: Index of the row's label in the task's ``labels``; -1 if it declares none.
+    """
+
+    prompt_ids: list[int]
+    answer_ids: list[int]
+    answer: str
+    label: int
 
 
 class AnswerEncoder:
@@ -214,13 +234,13 @@ class AnswerEncoder:
             AgclError: As :func:`load_rows`; also for an empty or missing value, a label outside the declared set and a
                 row that is too long. Names task and row.
         """
-        rows = load_rows(task, split, [*template_columns(prompt), *template_columns(task.answer)])
-        names = {column: f for column, f in rows.features.items() if isinstance(f, ClassLabel)}
+        rows = load_rows(task, split, columns_of(task, prompt))
+        named = class_names(rows)
         repeats = Repeats()
 
         def encode(row: dict[str, Any], index: int) -> dict[str, Any]:
-            values = {c: names[c].int2str(v) if c in names and v is not None else v for c, v in row.items()}
-            encoded = self._encode_row(task, values, prompt, f"row {index} of `{split}`")
+            where, values = f"row {index} of `{split}`", named(row)
+            encoded = self.cut(task, self.tokenise(task, values, prompt, where), where)
             repeats.add(prompt.format(**values), encoded["answer"])
             return encoded
 
@@ -236,12 +256,23 @@ class AnswerEncoder:
         repeats.warn(task.name, split)
         return encoded
 
-    def _encode_row(self, task: Task, row: Mapping[str, Any], prompt: str, where: str) -> dict[str, Any]:
-        for column in (*template_columns(prompt), *template_columns(task.answer)):
-            if is_empty(row[column]):
-                raise AgclError(
-                    f"Task `{task.name}`: column `{column}` is empty in {where}; `drop_empty` leaves such rows out."
-                )
+    def tokenise(self, task: Task, row: Mapping[str, Any], prompt: str, where: str) -> TokenisedRow:
+        """Prompt and answer of a row in tokens, whatever their length.
+
+        Args:
+            task: The row's.
+            row: Its values by column.
+            prompt: Template.
+            where: What the row is called in messages.
+
+        Raises:
+            AgclError: For each empty or missing value, or for a label outside the declared set.
+        """
+        raise_any(
+            f"Task `{task.name}`: column `{column}` is empty in {where}; `drop_empty` leaves such rows out."
+            for column in columns_of(task, prompt)
+            if is_empty(row[column])
+        )
         answer = task.answer.format(**row)
         label = -1
         if task.labels is not None:
@@ -252,40 +283,45 @@ class AnswerEncoder:
                     f"({', '.join(task.labels)})."
                 )
             label = task.labels.index(value)
-        prompt_ids, answer_ids = self._tokens(task, prompt.format(**row), answer, where)
-        return {
-            "input_ids": prompt_ids + answer_ids,
-            "labels": [IGNORED_LABEL] * len(prompt_ids) + answer_ids,
-            "answer": answer.strip(),
-            "label": label,
-        }
-
-    def _tokens(self, task: Task, text: str, answer: str, where: str) -> tuple[list[int], list[int]]:
-        """Token ids of prompt and answer, within ``max_length`` and known to the model."""
+        text = prompt.format(**row)
         if self.truncation == "error" and len(text) > self._max_characters:  # whose tokens would take minutes to count
             size = f"a prompt of {len(text)} characters, more than {self.max_length} tokens hold"
             raise _too_long(task, where, size)
-        prompt_ids = self.tokenizer(text)["input_ids"]
-        answer_ids = self.encode_answer(answer)[: task.max_answer_tokens]
+        tokens = TokenisedRow(self.tokenizer(text)["input_ids"], self.encode_answer(answer), answer, label)
+        largest = max([*tokens.prompt_ids, *tokens.answer_ids])
+        if self.vocab_size is not None and largest >= self.vocab_size:
+            raise AgclError(
+                f"Task `{task.name}`: {where} has the token {largest}, but the model knows only {self.vocab_size}: it "
+                "and the tokenizer do not belong together, so put the model's own beside it."
+            )
+        return tokens
+
+    def cut(self, task: Task, row: TokenisedRow, where: str) -> dict[str, Any]:
+        """A row as it is learned, in the form that :meth:`encode_rows` gives.
+
+        Raises:
+            AgclError: If it is too long and must not, or cannot, be cut.
+        """
+        answer_ids = row.answer_ids[: task.max_answer_tokens]
         if len(answer_ids) >= self.max_length:
             raise AgclError(
                 f"Task `{task.name}`: {where} has an answer of {len(answer_ids)} tokens, which with a prompt is more "
                 f"than the {self.max_length} allowed. Shorten it, set `max_answer_tokens`, or choose a model with a "
                 "longer context."
             )
+        prompt_ids = row.prompt_ids
         excess = len(prompt_ids) + len(answer_ids) - self.max_length
         if excess > 0:
             if self.truncation == "error" or excess >= len(prompt_ids):
                 size = f"{len(prompt_ids)} + {len(answer_ids)} tokens (prompt + answer)"
                 raise _too_long(task, where, f"{size}, more than the {self.max_length} allowed")
             prompt_ids = prompt_ids[excess:]
-        largest = max([*prompt_ids, *answer_ids])
-        if self.vocab_size is not None and largest >= self.vocab_size:
-            raise AgclError(
-                f"Task `{task.name}`: {where} has the token {largest}, but the model knows only {self.vocab_size}: it "
-                "and the tokenizer do not belong together, so put the model's own beside it."
-            )
-        return prompt_ids, answer_ids
+        return {
+            "input_ids": prompt_ids + answer_ids,
+            "labels": [IGNORED_LABEL] * len(prompt_ids) + answer_ids,
+            "answer": row.answer.strip(),
+            "label": row.label,
+        }
 
 
 def _too_long(task: Task, where: str, size: str) -> AgclError:
@@ -293,6 +329,12 @@ def _too_long(task: Task, where: str, size: str) -> AgclError:
         f"Task `{task.name}`: {where} has {size}. Shorten it, raise `max_length` if the model's context allows, or set "
         "`truncation: left`."
     )
+
+
+def class_names(rows: Dataset) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
+    """A function that puts, in a row, the names of class labels in place of their numbers."""
+    names = {column: f for column, f in rows.features.items() if isinstance(f, ClassLabel)}
+    return lambda row: {c: names[c].int2str(v) if c in names and v is not None else v for c, v in row.items()}
 
 
 def collate(rows: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[str, Any]:

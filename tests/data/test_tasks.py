@@ -232,3 +232,11 @@ def test_relative_files_come_from_the_folder(tmp_path):
 def test_unusable_scoring_options_are_refused(options, message):
     with pytest.raises(AgclError, match=message):
         Task(name="t", source="x", **options)
+
+
+def test_all_problems_of_a_declaration_are_told_together():
+    with pytest.raises(AgclError) as caught:
+        Task(name="t", source="x.jsonl", epochs=0, prompt="no column", metric="label_accuracy", max_new_tokens=0)
+    assert len(caught.value.problems) == 4
+    assert str(caught.value) == "Task `t`: `epochs` is 0; give at least 1. (3 more: `agcl check` lists all)"
+    assert all(problem.startswith("Task `t`: ") for problem in caught.value.problems)
