@@ -7,10 +7,12 @@ from timeit import Timer
 from typing import Any
 
 import torch
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info
 
 from agcl.callbacks import ContinualMonitor, ContinualReport, TaskProgressBar
+from agcl.callbacks.run_folder import run_folder
 from agcl.data.datamodule import ContinualDataModule
 from agcl.data.sequence import Regime
 from agcl.errors import AgclError
@@ -48,6 +50,23 @@ class AgclCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Leave the configuration as given: a checkpoint of another model is to be refused, not trained silently."""
+
+
+class SaveConfig(SaveConfigCallback):
+    """Saves the configuration in the run's own folder also where Lightning knows only one that all runs share."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find the folder, on all ranks."""
+        self._folder = run_folder(trainer)
+        self.save_to_log_dir = trainer.log_dir is not None and self._folder == Path(trainer.log_dir)
+        super().setup(trainer, pl_module, stage)
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Save it there, unless it was in the usual place."""
+        if not self.save_to_log_dir:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            path = str(self._folder / self.config_filename)
+            self.parser.save(self.config, path, skip_none=False, overwrite=True, multifile=self.multifile)
 
 
 def _check_checkpoint_file(path: str | None) -> None:
@@ -93,6 +112,8 @@ def run(args: Sequence[str] | None, epilog: str) -> None:
         ContinualDataModule,
         args=None if args is None else list(args),
         seed_everything_default=0,
-        trainer_defaults={"callbacks": [TaskProgressBar(), ContinualReport(), ContinualMonitor()]},
+        save_config_callback=SaveConfig,
+        # The report comes last: it writes down what the others have found.
+        trainer_defaults={"callbacks": [TaskProgressBar(), ContinualMonitor(), ContinualReport()]},
         parser_kwargs={"prog": "agcl", "epilog": epilog, "fit": {"prog": "agcl fit"}},
     )

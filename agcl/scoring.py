@@ -16,6 +16,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from agcl.answers import Answer
 from agcl.data.tasks import IGNORED_LABEL, Task, collate
 from agcl.metrics.text import edit_similarity, first_character, rouge_l, sari
 
@@ -182,11 +183,16 @@ class TaskScorer(nn.Module):
         task: The task; its ``metric`` decides what the score is.
         candidates: Token ids of ``task.labels`` as answers (empty where there are none).
         max_new_tokens: Length limit of generated answers, unless the task sets a lower one.
+        num_answers: Of the first so many rows (on each rank), ``answers`` keeps what was answered.
     """
 
-    def __init__(self, task: Task, candidates: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    def __init__(
+        self, task: Task, candidates: Sequence[Sequence[int]], max_new_tokens: int, num_answers: int = 0
+    ) -> None:
         super().__init__()
         self.task = task
+        self.num_answers = num_answers
+        self.answers: list[Answer] = []
         self.candidates = candidates
         self.max_new_tokens = min(max_new_tokens, task.max_new_tokens or max_new_tokens)
         self.score: Metric
@@ -205,24 +211,45 @@ class TaskScorer(nn.Module):
         is_prompt = batch["attention_mask"].bool() & (batch["labels"] == IGNORED_LABEL)
         prompts = [ids[mask].tolist() for ids, mask in zip(batch["input_ids"], is_prompt, strict=True)]
         if self.task.metric == "label_ranking":
-            self.score.update(rank_labels(model, prompts, self.candidates, int(tokenizer.pad_token_id)), batch["label"])
-            return
-        if self.task.metric == "label_accuracy":
+            ranked = rank_labels(model, prompts, self.candidates, int(tokenizer.pad_token_id))
+            self.score.update(ranked, batch["label"])
+            labels = self._label_answers()
+            answers = [labels[index] for index in ranked.tolist()]
+            scores = (ranked == batch["label"]).float().tolist()
+        elif self.task.metric == "label_accuracy":
             answers = generate_answers(model, tokenizer, prompts, self.max_new_tokens)
-            labels = [self.task.label_answer(label).strip() for label in self.task.labels or ()]
+            labels = self._label_answers()
             given = [labels.index(answer) if answer in labels else len(labels) for answer in answers]
             self.score.update(torch.tensor(given, device=targets.device), batch["label"])
+            scores = [float(index == label) for index, label in zip(given, batch["label"].tolist(), strict=True)]
         else:
-            scores = self._answer_scores(model, tokenizer, prompts, batch["answer"])
+            answers, scores = self._scored_answers(model, tokenizer, prompts, batch["answer"])
             self.score.update(torch.tensor(scores, device=targets.device))
+        self._keep(tokenizer, prompts, batch["answer"], answers, scores)
 
-    def _answer_scores(
+    def _label_answers(self) -> list[str]:
+        return [self.task.label_answer(label).strip() for label in self.task.labels or ()]
+
+    def _keep(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Sequence[Sequence[int]],
+        right: Sequence[str],
+        given: Sequence[str],
+        scores: Sequence[float],
+    ) -> None:
+        room = self.num_answers - len(self.answers)
+        if room > 0:
+            texts = tokenizer.batch_decode([list(ids) for ids in prompts[:room]], skip_special_tokens=True)
+            self.answers += map(Answer, texts, right[:room], given[:room], scores[:room])
+
+    def _scored_answers(
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         prompts: Sequence[Sequence[int]],
         right: Sequence[str],
-    ) -> list[float]:
+    ) -> tuple[list[str], list[float]]:
         """Generate answers, and score each of them against the right one."""
         metric = self.task.metric
         decisive = {"exact_match": right, "first_character": [answer[:1] for answer in right]}.get(metric)
@@ -235,8 +262,10 @@ class TaskScorer(nn.Module):
         ]
         if metric == "sari":
             sources = tokenizer.batch_decode([list(ids) for ids in prompts], skip_special_tokens=True)
-            return [sari(given, source, [wanted]) for (given, wanted), source in zip(pairs, sources, strict=True)]
-        return [ANSWER_SCORES[metric](given, wanted) for given, wanted in pairs]
+            return answers, [
+                sari(given, source, [wanted]) for (given, wanted), source in zip(pairs, sources, strict=True)
+            ]
+        return answers, [ANSWER_SCORES[metric](given, wanted) for given, wanted in pairs]
 
     def compute(self) -> dict[str, Tensor]:
         """``score`` (in [0, 1]) and ``nll`` (nats per answer token) over all that was seen, scalars."""

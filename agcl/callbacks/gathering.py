@@ -8,13 +8,13 @@ from typing import Any
 from datasets import Dataset
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from agcl.attribution.estimators import Estimator, Evidence
 from agcl.attribution.fingerprints import fingerprint
 from agcl.attribution.importance import ImportanceConfig, normalise
 from agcl.attribution.levels import DTYPES, Bits
 from agcl.attribution.passes import Sample
+from agcl.callbacks.progress import activity
 from agcl.data.samples import as_samples, resolve_seed, training_samples
 from agcl.errors import AgclError
 
@@ -100,11 +100,8 @@ class Gatherer:
             num_samples = min(self.num_samples, num_rows)
         else:
             samples, num_samples = as_samples(kept, pl_module.device), len(kept)
-        shows_bar = trainer.progress_bar_callback is not None and trainer.is_global_zero
-        bar = tqdm(
-            total=num_samples, desc=f"Attribution of {task}", unit="row", disable=not shows_bar, dynamic_ncols=True
-        )
-        with bar, trainer.precision_plugin.forward_context():
+        shown = activity(trainer, f"Attribution of {task}", num_samples, "rows")
+        with shown as advance, trainer.precision_plugin.forward_context():
             evidence = Evidence(
                 pl_module.model,
                 self.parameter_names(pl_module.model),
@@ -114,7 +111,7 @@ class Gatherer:
                 per_sample=self.per_sample,
                 config=self.config,
                 seed=resolve_seed(self.seed, trainer.datamodule),  # type: ignore[attr-defined]
-                on_progress=bar.update,
+                on_progress=advance,
             )
             scores = self.estimator.scores(evidence)
         if not scores:

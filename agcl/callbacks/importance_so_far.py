@@ -13,6 +13,7 @@ from agcl.attribution.artefact import open_importance, save_importance
 from agcl.attribution.levels import Bits
 from agcl.attribution.merging import How, RunningMerge
 from agcl.callbacks.gathering import Gathered
+from agcl.callbacks.run_folder import run_folder
 from agcl.errors import AgclError
 
 Place = Literal["device", "host"]
@@ -103,4 +104,4 @@ class ImportanceSoFar:
 
 
 def _folder(trainer: Trainer) -> Path:
-    return Path(trainer.log_dir or trainer.default_root_dir) / "importance"
+    return run_folder(trainer) / "importance"
