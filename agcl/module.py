@@ -86,7 +86,7 @@ class ContinualLM(LightningModule):
         self.checkpoint_changes: list[Callable[[dict[str, Any]], None]] = []
         """Called with a checkpoint before it is loaded: the model that methods expect to find in it."""
         self.num_answers = 0
-        """Rows of each task whose answers are kept in ``answers`` at each scoring; ``ContinualReport`` asks for some."""
+        """Rows of each task whose answers are kept in ``answers`` at each scoring; ``ContinualReport`` sets it."""
         self.answers = AnswerRecord()
         self._transfer: list[MetricCollection] = []
         self._scorers: list[TaskScorer] = []

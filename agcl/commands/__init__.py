@@ -12,6 +12,7 @@ from jsonargparse import ArgumentParser, Namespace
 from agcl.commands.check_model import check_model
 from agcl.commands.compare_methods import compare_methods
 from agcl.commands.importance import compare, merge, show
+from agcl.commands.report_run import report
 
 Command = Callable[..., int | None]
 
@@ -24,6 +25,7 @@ COMMANDS: dict[str, Command | dict[str, Any]] = {
     },
     "check-model": check_model,
     "compare": compare_methods,
+    "report": report,
 }
 """What may follow ``agcl``: a function, or a mapping of further words to functions, ``_help`` saying what it is.
 
