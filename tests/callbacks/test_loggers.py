@@ -3,10 +3,13 @@
 import csv
 import json
 import os
+import re
+from pathlib import Path
 
 import pytest
 import yaml
 from helpers import attribution, build, trainer_for
+from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
@@ -15,6 +18,8 @@ from tensorboard.plugins.hparams import metadata
 from agcl.callbacks import ContinualMonitor, ContinualReport
 from agcl.callbacks.monitor import custom_charts
 from agcl.callbacks.run_folder import run_folder
+from agcl.data.sequence import TaskSequence
+from agcl.data.tasks import Probe, Task
 
 
 class PlainLogger(Logger):
@@ -22,7 +27,7 @@ class PlainLogger(Logger):
 
     def __init__(self, folder):
         super().__init__()
-        self.folder, self.metrics, self.rows = str(folder), [], []
+        self.folder, self.metrics, self.rows = folder, [], []
 
     name, version = "project", "abc123"
 
@@ -40,7 +45,7 @@ class PlainLogger(Logger):
 @pytest.fixture(scope="module")
 def logged(llama_folder, task_files, tmp_path_factory):
     folder = tmp_path_factory.mktemp("logged")
-    loggers = [PlainLogger(folder / "plain"), CSVLogger(folder / "csv"), TensorBoardLogger(folder / "board")]
+    loggers = [PlainLogger(str(folder / "plain")), CSVLogger(folder / "csv"), TensorBoardLogger(folder / "board")]
     model, data = build(llama_folder, task_files[:2], task_options={"epochs": 1})
     callbacks = [attribution(), ContinualMonitor(), ContinualReport(save_model=False)]
     with pytest.MonkeyPatch.context() as patch:
@@ -62,7 +67,7 @@ def test_all_loggers_get_one_row_of_hyperparameters(logged):
     (row,) = plain.rows
     assert row["method"] == "AttributionCallback"
     assert (row["strength"], row["estimator"], row["learning_rate"], row["tasks"]) == (1.0, "LRP", 0.02, "task0, task1")
-    assert yaml.safe_load(open(os.path.join(in_csv.log_dir, "hparams.yaml"))) == row
+    assert yaml.safe_load(Path(in_csv.log_dir, "hparams.yaml").read_text()) == row
 
 
 def test_metrics_and_plasticity_reach_other_loggers(logged):
@@ -72,7 +77,7 @@ def test_metrics_and_plasticity_reach_other_loggers(logged):
     with open(os.path.join(in_csv.log_dir, "metrics.csv"), newline="") as file:
         rows = list(csv.DictReader(file))
     last = [row["plasticity/layer_01"] for row in rows if row["plasticity/layer_01"]]
-    noted = json.load(open(plain.folder + "/project/abc123/scores.json"))["plasticity"]
+    noted = json.loads(Path(plain.folder, "project/abc123/scores.json").read_text())["plasticity"]
     assert [float(value) for value in last] == pytest.approx([noted[task]["layer 01"] for task in ("task0", "task1")])
     assert 0 < float(last[-1]) < float(last[0]) < 1
 
@@ -96,8 +101,6 @@ def test_tensorboard_compares_runs_in_its_own_tables(logged):
 
 
 def test_each_chart_has_what_it_names(logged):
-    import re
-
     board = EventAccumulator(logged[2].log_dir).Reload()
     layout = layout_pb2.Layout.FromString(board.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
     charts = {chart.title: chart.multiline.tag for category in layout.category for chart in category.chart}
@@ -113,24 +116,16 @@ def test_each_chart_has_what_it_names(logged):
     }
 
 
-def test_charts_of_probes_and_odd_names(task_files):
-    from agcl.data.sequence import TaskSequence
-    from agcl.data.tasks import Probe, Task
-
+def test_charts_of_probes_and_odd_names():
     tasks = [Task(name="c++", source="x", probes={"heldout": Probe(split="test")}), Task(name="plain", source="x")]
     charts = custom_charts(TaskSequence(tasks))["Continual learning"]
     assert charts["score of each task on heldout"] == ["Multiline", [r"^eval/c\+\+/heldout/exact_match$"]]
 
 
 def test_logger_without_a_folder(tmp_path):
-    from lightning.pytorch import Trainer
-
-    logger = PlainLogger(tmp_path)
-    logger.folder = None
+    logger = PlainLogger(None)
     options = {"accelerator": "cpu", "default_root_dir": tmp_path, "enable_progress_bar": False}
-    assert (
-        run_folder(Trainer(logger=type("Nowhere", (PlainLogger,), {"save_dir": None})(tmp_path), **options)) == tmp_path
-    )
+    assert run_folder(Trainer(logger=logger, **options)) == tmp_path
 
 
 @pytest.mark.slow

@@ -145,14 +145,10 @@ def test_forgotten_answers_are_marked_and_come_first(run, page):
     first, second = examples(read_run(run)).values()
     assert [row.fate for row in first] == ["forgotten", "kept", "learned later"]
     assert [row.fate for row in second] == ["never learned"]
-    assert (first[0].before["given"], first[0].learned["given"], first[0].last["given"]) == (
-        "said 0",
-        "said 1",
-        "said 3",
-    )
-    text = page_of(run)
-    assert text.count('class="forgotten"') == 1
-    assert "1 of 3 forgotten" in text
+    answers = first[0].before, first[0].learned, first[0].last
+    assert [answer["given"] for answer in answers] == ["said 0", "said 1", "said 3"]
+    assert page.count('class="forgotten"') == 1
+    assert "1 of 3 forgotten" in page
 
 
 def test_importance_and_plasticity_are_those_of_the_files(run):
