@@ -2,11 +2,11 @@
 
 import logging
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from itertools import accumulate
+from time import monotonic
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -72,7 +72,7 @@ class TaskProgressBar(ProgressBar):
         """Count the batches of all epochs, and start the clock."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         self._epoch_ends = list(accumulate(data.num_batches(epoch) for epoch in range(trainer.max_epochs or 0)))
-        self._begun, self._first_batch = time.monotonic(), None
+        self._begun, self._first_batch = monotonic(), None
         self._open(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -101,7 +101,7 @@ class TaskProgressBar(ProgressBar):
         if self._display is None:
             return
         total, made = self._epoch_ends[-1], done - (self._first_batch or 0)
-        left = (time.monotonic() - self._begun) / made * (total - done) if made else None
+        left = (monotonic() - self._begun) / made * (total - done) if made else None
         metrics = ", ".join(f"{name} {value:.3g}" for name, value in trainer.progress_bar_metrics.items())
         self._display.run(position(trainer), done, total, left, metrics, is_important)
 
@@ -258,7 +258,7 @@ class Display:
             self._progress.stop()
 
     def _line(self, text: str, is_important: bool) -> None:
-        now = time.monotonic()
+        now = monotonic()
         if is_important or now - self._last_line >= self._seconds_between_lines:
             self._last_line = now
             self._console.print(text, markup=False, highlight=False, soft_wrap=True)
