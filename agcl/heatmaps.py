@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-_DARK_BELOW = 0.43  # viridis: with white text below and black above, the contrast is at least 4.5 : 1 everywhere
+DARK_BELOW = 0.43  # viridis: with white text below and black above, the contrast is at least 4.5 : 1 everywhere
 
 
 def write_numbers(ax: Any, grid: Sequence[Sequence[float]], *, fontsize: float, bold: Sequence[int] = ()) -> None:
@@ -26,6 +26,6 @@ def write_numbers(ax: Any, grid: Sequence[Sequence[float]], *, fontsize: float, 
                     ha="center",
                     va="center",
                     fontsize=fontsize,
-                    color="white" if value < _DARK_BELOW else "black",
+                    color="white" if value < DARK_BELOW else "black",
                     fontweight="bold" if bold and bold[column] == row else "normal",
                 )

@@ -196,7 +196,8 @@ def run(args: Sequence[str] | None, epilog: str) -> None:
             ContinualDataModule,
             args=None if args is None else list(args),
             seed_everything_default=0,
-            trainer_defaults={"callbacks": [TaskProgressBar(), ContinualReport(), ContinualMonitor(), StopOnSignal()]},
+            # The report comes after the monitor: it writes down what the others have found.
+            trainer_defaults={"callbacks": [TaskProgressBar(), ContinualMonitor(), ContinualReport(), StopOnSignal()]},
             save_config_callback=RunRecord,
             parser_kwargs={
                 "prog": "agcl",

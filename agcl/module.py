@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from torchmetrics import MetricCollection
 
+from agcl.answers import AnswerRecord
 from agcl.data.sequence import TaskSequence
 from agcl.data.tasks import IGNORED_LABEL
 from agcl.errors import AgclError
@@ -65,7 +66,8 @@ class ContinualLM(LightningModule):
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
+        # `ContinualMonitor` logs the hyper-parameters of the whole run: a table of TensorBoard takes them once.
+        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"], logger=False)
         self.model_name_or_path = model_name_or_path
         self.gguf_file = gguf_file
         self.adapter = adapter
@@ -83,6 +85,9 @@ class ContinualLM(LightningModule):
         """Called when the language model has been loaded: what methods change before there is an optimizer."""
         self.checkpoint_changes: list[Callable[[dict[str, Any]], None]] = []
         """Called with a checkpoint before it is loaded: the model that methods expect to find in it."""
+        self.num_answers = 0
+        """Rows of each task whose answers are kept in ``answers`` at each scoring; ``ContinualReport`` sets it."""
+        self.answers = AnswerRecord()
         self._transfer: list[MetricCollection] = []
         self._scorers: list[TaskScorer] = []
         self._task_begun: int | None = None
@@ -101,6 +106,7 @@ class ContinualLM(LightningModule):
         # Every rank enters scores that were synchronised already.
         self.score_matrices = {name: ScoreMatrix(len(self.tasks), sync_on_compute=False) for name in names}
         self._transfer = [transfer_metrics(len(self.tasks))]
+        self.answers = AnswerRecord()
 
     def configure_model(self) -> None:
         """Load the language model; Lightning calls this after the data has been checked."""
@@ -247,9 +253,12 @@ class ContinualLM(LightningModule):
         """Begin a scorer for each evaluation set."""
         self._scorers = [
             TaskScorer(
-                self.tasks[index], self._data.label_candidates(index), self._data.max_answer_tokens(evaluation)
+                self.tasks[index],
+                self._data.label_candidates(index),
+                self._data.max_answer_tokens(evaluation),
+                0 if probe else self.num_answers,
             ).to(self.device)
-            for evaluation, (index, _) in enumerate(self._data.evaluations)
+            for evaluation, (index, probe) in enumerate(self._data.evaluations)
         ]
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -268,6 +277,8 @@ class ContinualLM(LightningModule):
                 values["/".join(("eval", task.name, *([probe] if probe else []), name))] = value
                 if self.trainer.state.fn == TrainerFn.FITTING:
                     self._enter(matrix_name(kind, probe), self.num_learned, index, value)
+            if self.trainer.state.fn == TrainerFn.FITTING:
+                self.answers.enter(task.name, self.num_learned, scorer.answers)
         if self.trainer.state.fn == TrainerFn.FITTING:
             values |= {f"transfer/{name}": value for name, value in self.transfer().items()}
         self._log_scores({name: value for name, value in values.items() if not value.isnan()})
@@ -319,6 +330,7 @@ class ContinualLM(LightningModule):
             "tasks": self._task_epochs(),
             "regime": self.tasks.regime,
             "task_begun": self._task_begun,
+            "answers": self.answers.as_dict(),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -357,6 +369,7 @@ class ContinualLM(LightningModule):
             for num_learned, task_index in scores.isfinite().nonzero().tolist():
                 self._enter(name, num_learned, task_index, scores[num_learned, task_index])
         self._task_begun = saved["task_begun"]
+        self.answers = AnswerRecord.from_dict(saved.get("answers", {}))
         self._random_state = saved["random"]
         self.trainer.num_sanity_val_steps = 0  # the scores before any training are among those restored
 

@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from agcl.callbacks.run_folder import run_folder
 from agcl.checkpoints import look_into, newest
 from agcl.errors import AgclError
 
@@ -30,7 +31,10 @@ _INCIDENTAL_CALLBACKS = ("Checkpoint", "ProgressBar", "Monitor", "Summary")
 
 
 class RunRecord(SaveConfigCallback):
-    """LightningCLI's ``config.yaml``, and in each checkpoint what run it is of."""
+    """LightningCLI's ``config.yaml``, and in each checkpoint what run it is of.
+
+    The file is in the run's own folder also where Lightning knows only one that all runs share.
+    """
 
     def __init__(self, *args: Any, record: Config | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -38,8 +42,17 @@ class RunRecord(SaveConfigCallback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write ``config.yaml``."""
+        self._folder = run_folder(trainer)
+        self.save_to_log_dir = trainer.log_dir is not None and self._folder == Path(trainer.log_dir)
         super().setup(trainer, pl_module, stage)
-        self.record["folder"] = trainer.log_dir or trainer.default_root_dir
+        self.record["folder"] = str(self._folder)
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write it, unless that was done in the usual place."""
+        if not self.save_to_log_dir:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            path = str(self._folder / self.config_filename)
+            self.parser.save(self.config, path, skip_none=False, overwrite=True, multifile=self.multifile)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: Config) -> None:
         """Add the record."""

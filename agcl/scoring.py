@@ -16,6 +16,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from agcl.answers import Answer
 from agcl.data.tasks import IGNORED_LABEL, Task, collate
 from agcl.metrics.text import edit_similarity, first_character, rouge_l, sari
 from agcl.ranks import Ranks
@@ -191,11 +192,16 @@ class TaskScorer(nn.Module):
         task: The task; its ``metric`` decides what the score is.
         candidates: Token ids of ``task.labels`` as answers (empty where there are none).
         max_new_tokens: Length limit of generated answers, unless the task sets a lower one.
+        num_answers: Of the first so many rows (on each rank), ``answers`` keeps what was answered.
     """
 
-    def __init__(self, task: Task, candidates: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    def __init__(
+        self, task: Task, candidates: Sequence[Sequence[int]], max_new_tokens: int, num_answers: int = 0
+    ) -> None:
         super().__init__()
         self.task = task
+        self.num_answers = num_answers
+        self.answers: list[Answer] = []
         self.candidates = candidates
         self.max_new_tokens = min(max_new_tokens, task.max_new_tokens or max_new_tokens)
         self.score: Metric
@@ -216,26 +222,50 @@ class TaskScorer(nn.Module):
         if self.task.metric == "label_ranking":
             ranked = rank_labels(model, prompts, self.candidates, int(tokenizer.pad_token_id))
             self._enter(ranked[batch["counts"]], batch["label"][batch["counts"]])
+            labels = self._label_answers()
+            answers = [labels[index] for index in ranked.tolist()]
+            scores = (ranked == batch["label"]).float().tolist()
         elif self.task.metric == "label_accuracy":
             answers = generate_answers(model, tokenizer, prompts, self.max_new_tokens)
-            labels = [self.task.label_answer(label).strip() for label in self.task.labels or ()]
+            labels = self._label_answers()
             given = [labels.index(answer) if answer in labels else len(labels) for answer in answers]
             self._enter(torch.tensor(given, device=targets.device)[batch["counts"]], batch["label"][batch["counts"]])
+            scores = [float(index == label) for index, label in zip(given, batch["label"].tolist(), strict=True)]
         else:
-            scores = self._answer_scores(model, tokenizer, prompts, batch["answer"])
+            answers, scores = self._scored_answers(model, tokenizer, prompts, batch["answer"])
             self._enter(torch.tensor(scores, device=targets.device)[batch["counts"]])
+        counted = [index for index, counts in enumerate(batch["counts"].tolist()) if counts]
+        self._keep(
+            tokenizer, *([row[index] for index in counted] for row in (prompts, batch["answer"], answers, scores))
+        )
 
     def _enter(self, *values: Tensor) -> None:
         if values[0].numel():  # a process may have nothing but rows that do not count
             self.score.update(*values)
 
-    def _answer_scores(
+    def _label_answers(self) -> list[str]:
+        return [self.task.label_answer(label).strip() for label in self.task.labels or ()]
+
+    def _keep(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Sequence[Sequence[int]],
+        right: Sequence[str],
+        given: Sequence[str],
+        scores: Sequence[float],
+    ) -> None:
+        room = self.num_answers - len(self.answers)
+        if room > 0:
+            texts = tokenizer.batch_decode([list(ids) for ids in prompts[:room]], skip_special_tokens=True)
+            self.answers += map(Answer, texts, right[:room], given[:room], scores[:room])
+
+    def _scored_answers(
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         prompts: Sequence[Sequence[int]],
         right: Sequence[str],
-    ) -> list[float]:
+    ) -> tuple[list[str], list[float]]:
         """Generate answers, and score each of them against the right one."""
         metric = self.task.metric
         decisive = {"exact_match": right, "first_character": [answer[:1] for answer in right]}.get(metric)
@@ -248,8 +278,10 @@ class TaskScorer(nn.Module):
         ]
         if metric == "sari":
             sources = tokenizer.batch_decode([list(ids) for ids in prompts], skip_special_tokens=True)
-            return [sari(given, source, [wanted]) for (given, wanted), source in zip(pairs, sources, strict=True)]
-        return [ANSWER_SCORES[metric](given, wanted) for given, wanted in pairs]
+            return answers, [
+                sari(given, source, [wanted]) for (given, wanted), source in zip(pairs, sources, strict=True)
+            ]
+        return answers, [ANSWER_SCORES[metric](given, wanted) for given, wanted in pairs]
 
     def compute(self) -> dict[str, Tensor]:
         """``score`` (in [0, 1]) and ``nll`` (nats per answer token) over all that was seen, scalars."""

@@ -39,7 +39,7 @@ def test_run_leaves_results(finished_run):
 
 def test_display_names_tasks_and_metrics(finished_run):
     _, output = finished_run
-    for text in ("Task 2/3 task1, epoch 1/30", "Scoring task0 (first)", "Attribution of task2", "backward transfer"):
+    for text in ("Task 2/3 task1, epoch 1/30", "left, loss", "backward transfer"):
         assert text in output
 
 
@@ -72,7 +72,7 @@ def test_joint_training_from_the_command_line(llama_folder, task_files, tmp_path
     results = run_in_process(monkeypatch, llama_folder, task_files, tmp_path, data__regime="joint", **epochs)
     assert [None in row for row in results["scores"]] == [False, True, True, False]
     output = "".join(capsys.readouterr())
-    assert "3 tasks together, epoch 3/3" in output
+    assert "3 tasks together, epoch 1/3" in output
     assert "undefined" in output
     board = EventAccumulator(str(tmp_path / "run" / "version_0")).Reload()
     assert "train/joint/loss" in board.Tags()["scalars"]

@@ -156,6 +156,7 @@ def test_resumed_run_equals_the_straight_one(
 ):
     straight_model, straight_callback, straight_dir = straight_run
     model, data = build(dropout_folder, task_files)
+    model.num_answers = straight_model.num_answers
     callbacks = [attribution(), CrashAt(crash_at), checkpoints(tmp_path, every_n_steps)]
     with pytest.raises(CrashError):
         trainer_for(data, tmp_path, callbacks, enable_checkpointing=True).fit(model, datamodule=data)
@@ -179,7 +180,8 @@ def test_resumed_run_equals_the_straight_one(
         straight, resumed = load_importance(file), load_importance(resumed_dir / "importance" / file.name)
         assert resumed[1] == straight[1]
         assert all(torch.equal(levels, resumed[0][name]) for name, levels in straight[0].items())
-    assert (resumed_dir / "scores.csv").read_bytes() == (straight_dir / "scores.csv").read_bytes()
+    for name in ("scores.csv", "answers.json"):
+        assert (resumed_dir / name).read_bytes() == (straight_dir / name).read_bytes()
 
 
 def test_resuming_after_a_task_without_importance(llama_folder, task_files, tmp_path, monkeypatch):

@@ -140,6 +140,21 @@ def test_scores_are_shares_of_right_answers(answer, expected):
         assert values["nll"].item() == pytest.approx(torch.tensor(70.0).log().item())
 
 
+def test_first_answers_are_kept_with_their_scores(model):
+    rows = [row("cat?", " a", 0), row("dog?", " b", 1), row("owl?", " a", 0)]
+    labels = [row("", f" {label}")["input_ids"] for label in "ab"]
+    for metric in ("exact_match", "label_accuracy", "rouge_l", "label_ranking"):
+        task = Task(name="t", source="x", answer=" {y}", metric=metric, labels=["a", "b"])
+        scorer = TaskScorer(task, labels, 3, num_answers=2)
+        answering = model if metric == "label_ranking" else Parrot(" a")
+        for start in (0, 2):
+            scorer.update(answering, character_tokenizer(), collate(rows[start : start + 2], 1))
+        assert [(answer.prompt, answer.right) for answer in scorer.answers] == [("cat?", "a"), ("dog?", "b")]
+        assert [answer.score for answer in scorer.answers] == [a.given == a.right for a in scorer.answers]
+        given = {"a", "b"} if metric == "label_ranking" else {"a"}
+        assert {answer.given for answer in scorer.answers} <= given
+
+
 def scored(answer, *rows, **options):
     """The score of a model that gives one answer to all rows."""
     scorer = TaskScorer(Task(name="t", source="x", **options), [], 12)

@@ -7,13 +7,13 @@ from typing import Any
 from datasets import Dataset
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from agcl.attribution.estimators import Estimator
 from agcl.attribution.fingerprints import fingerprint
 from agcl.attribution.importance import ImportanceConfig, Parts, normalise
 from agcl.attribution.levels import DTYPES, Bits
 from agcl.attribution.passes import Sample
+from agcl.callbacks.progress import activity
 from agcl.data.samples import training_samples
 from agcl.errors import AgclError
 from agcl.evidence import check_pattern, matching_parameters, task_evidence
@@ -116,11 +116,8 @@ class Gatherer:
         task = pl_module.tasks[task_index].name
         rows = trainer.datamodule.training_rows(task_index) if kept is None else kept  # type: ignore[attr-defined]
         num_samples = min(self.num_samples, len(rows)) if kept is None else len(kept)
-        shows_bar = trainer.progress_bar_callback is not None and trainer.is_global_zero
-        bar = tqdm(
-            total=num_samples, desc=f"Attribution of {task}", unit="row", disable=not shows_bar, dynamic_ncols=True
-        )
-        with bar, trainer.precision_plugin.forward_context():
+        shown = activity(trainer, f"Attribution of {task}", num_samples, "rows")
+        with shown as advance, trainer.precision_plugin.forward_context():
             evidence = task_evidence(
                 trainer,
                 pl_module,
@@ -133,7 +130,7 @@ class Gatherer:
                 per_sample=self.per_sample,
                 config=self.config,
                 ranks=ranks,
-                on_progress=bar.update,
+                on_progress=advance,
             )
             scores = self.estimator.scores(evidence)
         if not scores:

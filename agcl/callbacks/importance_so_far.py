@@ -14,6 +14,7 @@ from agcl.attribution.levels import Bits
 from agcl.attribution.merging import How, RunningMerge
 from agcl.attribution.storage import Shape
 from agcl.callbacks.gathering import Gathered
+from agcl.callbacks.run_folder import run_folder
 from agcl.errors import AgclError
 from agcl.ranks import ALONE, Ranks
 from agcl.shards import Layout, layouts
@@ -173,4 +174,4 @@ def _problem(path: Path) -> str | None:
 
 
 def _folder(trainer: Trainer) -> Path:
-    return Path(trainer.log_dir or trainer.default_root_dir) / "importance"
+    return run_folder(trainer) / "importance"

@@ -1,5 +1,6 @@
-"""Pictures and distributions for TensorBoard: score matrix, importance, remaining plasticity."""
+"""What loggers show of a run: hyper-parameters for every logger, pictures and distributions for TensorBoard."""
 
+import re
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor
 
 from agcl.attribution.levels import dequantise
 from agcl.callbacks.attribution import AttributionCallback
+from agcl.callbacks.hyperparameters import run_hyperparameters
+from agcl.data.sequence import TaskSequence
 from agcl.metrics import plot_score_matrix
 from agcl.module import SCORE
 from agcl.plots import layer_of, plot_importance_map, plot_plasticity
@@ -18,11 +21,13 @@ _HISTOGRAM_ENTRIES = 100_000  # a sample that shows the distribution and keeps t
 
 
 class ContinualMonitor(Callback):
-    """Shows each task's outcome in TensorBoard: score matrix and, with an ``AttributionCallback``, importance by layer.
+    """Shows the run and each task's outcome in its loggers.
 
-    That is histograms and a heat map of the running importance, and the remaining plasticity
-    ``mean((1 - importance) ** strength)`` of each layer, as scalars (for any logger) and as a picture over the tasks.
-    Losses, scores and continual metrics are logged by ``ContinualLM`` itself.
+    Any logger gets the run's hyper-parameters, the same keys for every method, and the remaining plasticity
+    ``mean((1 - importance) ** strength)`` of each layer after each task, where there is an ``AttributionCallback``;
+    ``scores.json`` has the plasticity too. TensorBoard also gets a row for the run in its HParams table, with the
+    continual metrics, charts with one line for each task (its Custom Scalars), the score matrix, and histograms and
+    pictures of the running importance by layer. Losses, scores and continual metrics are logged by ``ContinualLM``.
     """
 
     def __init__(self) -> None:
@@ -35,6 +40,26 @@ class ContinualMonitor(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` gave."""
         self._plasticity = state_dict["plasticity"]
+
+    def results(self) -> dict[str, Any]:
+        """``plasticity`` for ``scores.json``: task learned -> layer -> mean; empty layers where nothing is gated."""
+        return {"plasticity": self._plasticity}
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Forget an earlier run (what is resumed is loaded after this)."""
+        self._plasticity = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Log what the run is made with; a table shows it from here on, with metrics that become defined later."""
+        values = run_hyperparameters(trainer, pl_module)
+        metrics = {f"transfer/{name}": value.item() for name, value in pl_module.transfer().items()}  # on all ranks
+        for logger in trainer.loggers:
+            if not isinstance(logger, TensorBoardLogger):
+                logger.log_hyperparams(values)
+                continue
+            logger.log_hyperparams(values, metrics, step=trainer.global_step)
+            if trainer.is_global_zero:
+                logger.experiment.add_custom_scalars(custom_charts(pl_module.tasks))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """A task begins (resuming, Lightning may leave an epoch's start out): show what the one before left."""
@@ -52,7 +77,8 @@ class ContinualMonitor(Callback):
         plasticity = layer_plasticity(attribution) if attribution else {}
         self._plasticity[task] = plasticity
         for logger in trainer.loggers:
-            logger.log_metrics({f"plasticity/{tag(k)}": v for k, v in plasticity.items()}, step=trainer.global_step)
+            if plasticity:
+                logger.log_metrics({f"plasticity/{tag(k)}": v for k, v in plasticity.items()}, step=trainer.global_step)
             if not isinstance(logger, TensorBoardLogger) or not trainer.is_global_zero:
                 continue
             board, step = logger.experiment, trainer.global_step
@@ -69,6 +95,39 @@ def _shown(attribution: AttributionCallback) -> dict[str, Tensor]:
     """The importance that is here: of weights that are split over processes, this one's rows."""
     parts = {name: local_part(levels) for name, levels in attribution.importance.items()}
     return {name: levels for name, levels in parts.items() if levels.numel()}
+
+
+def custom_charts(tasks: TaskSequence) -> dict[str, dict[str, list[Any]]]:
+    """Layout of TensorBoard's Custom Scalars: what a run is judged by, with a line for each task, metric or layer.
+
+    Args:
+        tasks: The run's tasks.
+
+    Returns:
+        Category to chart to regular expressions of tags, as ``SummaryWriter.add_custom_scalars`` takes them.
+    """
+    probes = dict.fromkeys(probe for task in tasks for probe in task.probes)
+
+    def chart(*patterns: str) -> list[Any]:
+        return ["Multiline", [f"^{pattern}$" for pattern in patterns]]
+
+    def scores(probe: str | None) -> list[Any]:
+        parts = [(t.name, *([probe] if probe else []), t.metric) for t in tasks if probe is None or probe in t.probes]
+        return chart(*("/".join(map(re.escape, ("eval", *names))) for names in parts))
+
+    return {
+        "Continual learning": {
+            "score of each task": scores(None),
+            **{f"score of each task on {probe}": scores(probe) for probe in probes},
+            "loss on each task's answers": chart(*(f"eval/{re.escape(task.name)}/nll" for task in tasks)),
+            "continual metrics": chart("transfer/[^/]+"),
+            "plasticity left in each layer": chart("plasticity/[^/]+"),
+        },
+        "Training": {
+            "loss": chart("train/[^/]+/loss"),
+            "learning rate": chart("train/[^/]+/learning_rate"),
+        },
+    }
 
 
 def tag(layer: str) -> str:

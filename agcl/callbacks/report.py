@@ -1,10 +1,10 @@
-"""What a run leaves behind: score matrix and metrics as table, JSON, CSV and picture, and the final model."""
+"""What a run leaves behind: score matrix and metrics as table, JSON, CSV and picture, answers, and the final model."""
 
 import csv
 import io
 import json
 import math
-import os
+import platform
 import shutil
 import sys
 import time
@@ -19,6 +19,9 @@ from rich.console import Console
 from rich.table import Table
 
 import agcl
+from agcl.callbacks.hyperparameters import seed_given
+from agcl.callbacks.run_folder import run_folder
+from agcl.errors import AgclError
 from agcl.files import sync_tree, write_whole
 from agcl.metrics import plot_score_matrix
 from agcl.module import NLL, SCORE
@@ -27,15 +30,25 @@ from agcl.module import NLL, SCORE
 class ContinualReport(Callback):
     """Writes the run's results to its folder after each task, and prints them and saves the model at the end.
 
-    ``scores.json`` holds everything, ``scores.csv`` and ``score_matrix.png`` the score matrix, ``model/`` the final
-    model in Hugging Face format. Each file is replaced whole, so that an interrupted run keeps the last complete one.
+    ``scores.json`` holds everything, ``scores.csv`` and ``score_matrix.png`` the score matrix, ``answers.json`` what
+    the model answered to some of each task's rows at each scoring, ``model/`` the final model in Hugging Face format.
+    Each file is replaced whole, so that an interrupted run keeps the last complete one. ``agcl report`` makes a page of
+    them.
 
     Args:
         save_model: Whether to write ``model/``.
+        num_answers: Of so many rows of each task, the first ones to be scored, ``answers.json`` has prompt and answers,
+            long ones shortened; 0 writes no such file. (On several devices, of the rows of the first one.)
+
+    Raises:
+        AgclError: If ``num_answers`` is negative.
     """
 
-    def __init__(self, save_model: bool = True) -> None:
+    def __init__(self, save_model: bool = True, num_answers: int = 20) -> None:
+        if num_answers < 0:
+            raise AgclError(f"`num_answers` is {num_answers}; give a number of rows, or 0 to keep no answers.")
         self.save_model = save_model
+        self.num_answers = num_answers
         self._seconds_before = 0.0
         self._processor_seconds_before = 0.0
         self._extra_bytes = 0
@@ -45,10 +58,11 @@ class ContinualReport(Callback):
         self._processor_start = time.process_time()
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Start the clocks; count the weights to train, before a method freezes some for a while."""
+        """Start the clocks; ask for answers; count the weights to train, before a method freezes some for a while."""
         self._is_finished = False
         self._start = time.monotonic()
         self._processor_start = time.process_time()
+        pl_module.num_answers = self.num_answers
         self._trainable_weights = sum(p.numel() for p in pl_module.model.parameters() if p.requires_grad)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
@@ -97,9 +111,11 @@ class ContinualReport(Callback):
         results["peak_memory_bytes"] = _peak_memory_bytes()
         self._extra_bytes = max(self._extra_bytes, _extra_bytes(trainer))  # some let go of it before training ends
         results["extra_bytes_per_weight"] = self._extra_bytes / sum(p.numel() for p in pl_module.model.parameters())
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # on all ranks too: it is broadcast
+        folder = run_folder(trainer)  # on all ranks too: it is broadcast
         if trainer.is_global_zero:
             write_results(folder, results)
+            if answers := pl_module.answers.as_dict():
+                write_whole(folder / "answers.json", json.dumps(answers, indent=1, ensure_ascii=False))
         return folder, results
 
     def _finish(self, trainer: Trainer, pl_module: Any, folder: Path, results: dict[str, Any]) -> None:
@@ -132,7 +148,8 @@ def collect_results(trainer: Trainer, pl_module: Any) -> dict[str, Any]:
         "probes": matrices,
         "model": pl_module.model_name_or_path,
         "precision": str(trainer.precision),
-        "seed": _seed(),
+        "seed": seed_given(),
+        "environment": _environment(trainer),
         "versions": {
             "agcl": agcl.__version__,
             "torch": torch.__version__,
@@ -144,6 +161,19 @@ def collect_results(trainer: Trainer, pl_module: Any) -> dict[str, Any]:
         if callable(getattr(part, "results", None)):
             results |= part.results()
     return results
+
+
+def _environment(trainer: Trainer) -> dict[str, Any]:
+    """What the run's speed and the last digits of its numbers depend on, beside the versions."""
+    device = trainer.strategy.root_device
+    on_gpu = device.type == "cuda"
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if on_gpu else f"{device.type} ({platform.machine()})",
+        "num_devices": trainer.world_size,
+        "num_threads": torch.get_num_threads(),
+    }
 
 
 def _extra_bytes(trainer: Trainer) -> int:
@@ -165,12 +195,6 @@ def _peak_memory_bytes() -> int | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
-
-
-def _seed() -> int | None:
-    """What Lightning's ``seed_everything`` was last given, from the variable in which it keeps it."""
-    seed = os.environ.get("PL_GLOBAL_SEED")
-    return None if seed is None else int(seed)
 
 
 def write_results(folder: Path, results: dict[str, Any]) -> None:

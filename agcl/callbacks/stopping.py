@@ -10,6 +10,8 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
+from agcl.callbacks.run_folder import run_folder
+
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 FILE_NAME = "interrupted.ckpt"
 
@@ -122,5 +124,5 @@ class StopOnSignal(Callback):
 def stop_path(trainer: Trainer) -> Path:
     """Where a stopped run's checkpoint goes; to be asked on all processes."""
     folders = [c.dirpath for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.dirpath]
-    folder = Path(folders[0]) if folders else Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"
+    folder = Path(folders[0]) if folders else run_folder(trainer) / "checkpoints"
     return folder / FILE_NAME

@@ -14,6 +14,7 @@ from agcl.commands.compare_methods import compare_methods
 from agcl.commands.export import export
 from agcl.commands.importance import compare, merge, show
 from agcl.commands.init import init
+from agcl.commands.report_run import report
 
 Command = Callable[..., int | None]
 
@@ -28,6 +29,7 @@ COMMANDS: dict[str, Command | dict[str, Any]] = {
     "check-model": check_model,
     "compare": compare_methods,
     "export": export,
+    "report": report,
 }
 """What may follow ``agcl``: a function, or a mapping of further words to functions, ``_help`` saying what it is.
 

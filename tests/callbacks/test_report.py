@@ -4,6 +4,7 @@ import pytest
 from helpers import build, trainer_for
 from lightning.pytorch import Callback
 
+from agcl.answers import Answer, AnswerRecord
 from agcl.callbacks import ContinualReport
 
 
@@ -39,3 +40,42 @@ def test_results_say_what_the_run_cost(llama_folder, task_files, tmp_path, keepe
     assert results["seed"] == 0
     assert 0 < results["processor_seconds"] < 3600
     assert 2**24 < results["peak_memory_bytes"] < 2**36
+
+
+def test_answers_are_kept_at_each_scoring(llama_folder, task_files, tmp_path):
+    model, data = build(llama_folder, task_files[:2], task_options={"epochs": 2})
+    trainer_for(data, tmp_path, [ContinualReport(save_model=False)]).fit(model, datamodule=data)
+    results = json.loads((tmp_path / "scores.json").read_text())
+    answers = json.loads((tmp_path / "answers.json").read_text())
+    for index, task in enumerate(("task0", "task1")):
+        assert [row["prompt"] for row in answers[task]] == [f"{key} {index}?" for key in ("cat", "dog", "owl", "eel")]
+        for row in answers[task]:
+            assert [entry["after"] for entry in row["answers"]] == [0, 1, 2]
+            assert all((entry["given"] == row["right"]) == entry["score"] for entry in row["answers"])
+        for after in range(3):  # all four rows are kept: their mean is the task's score
+            scores = [row["answers"][after]["score"] for row in answers[task]]
+            assert sum(scores) / 4 == pytest.approx(results["scores"][after][index])
+
+
+def test_no_more_answers_are_kept_than_asked(llama_folder, task_files, tmp_path):
+    for number in (3, 0):
+        model, data = build(llama_folder, task_files[:1], task_options={"epochs": 1})
+        folder = tmp_path / str(number)
+        trainer_for(data, folder, [ContinualReport(False, num_answers=number)]).fit(model, datamodule=data)
+        assert len(model.answers.as_dict().get("task0", [])) == number
+        assert (folder / "answers.json").exists() == (number > 0)
+
+
+def test_long_texts_are_cut():
+    record = AnswerRecord()
+    record.enter("task", 0, [Answer("p" * 10_000, "right", "g" * 10_000, 0.0)])
+    assert len(json.dumps(record.as_dict())) < 2000
+
+
+def test_a_scoring_that_is_done_again_replaces_the_former():
+    record = AnswerRecord()
+    for given in ("once", "again"):
+        record.enter("task", 1, [Answer("prompt", "right", given, 0.0)])
+    record.enter("task", 0, [Answer("prompt", "right", "before", 0.0)])
+    (row,) = record.as_dict()["task"]
+    assert [(entry["after"], entry["given"]) for entry in row["answers"]] == [(0, "before"), (1, "again")]

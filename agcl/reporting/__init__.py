@@ -1,0 +1,5 @@
+"""A finished (or running) run as one self-contained HTML page."""
+
+from agcl.reporting.page import write_report
+
+__all__ = ["write_report"]

@@ -1,0 +1,89 @@
+"""The page: what it shows of a run, put into its template."""
+
+import os
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from matplotlib import colormaps
+from matplotlib.colors import to_hex
+
+from agcl.heatmaps import DARK_BELOW
+from agcl.reporting import sections
+from agcl.reporting.outcome import examples, task_outcomes
+from agcl.reporting.record import RunRecord, read_run
+from agcl.version import __version__
+
+_METRICS = {
+    "average_performance": "mean score of the tasks learned, at the end",
+    "backward_transfer": "mean change of a task's score since it was learned",
+    "forgetting": "mean fall of a task's score from its best",
+    "forward_transfer": "mean gain of a task's score before it is learned itself",
+    "learning_accuracy": "mean score of a task right after it was learned",
+}
+
+
+def write_report(run_dir: Path, path: Path, with_importance: bool = True) -> list[str]:
+    """Write a run's page.
+
+    Args:
+        run_dir: The run's folder, which holds ``scores.json``.
+        path: The page; replaced whole.
+        with_importance: Whether to read the importance files through.
+
+    Returns:
+        A sentence on each thing that could not be shown, which the page says too.
+
+    Raises:
+        AgclError: If there is no run in the folder, or one of its files is damaged.
+    """
+    record = read_run(run_dir)
+    content = render(record, with_importance)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial.write_text(content, encoding="utf-8")
+    partial.replace(path)
+    return record.missing
+
+
+def render(record: RunRecord, with_importance: bool = True) -> str:
+    """The page's HTML, self-contained; what it lacks is added to ``record.missing``."""
+    importance = sections.importance(record, with_importance)
+    environment = Environment(
+        loader=PackageLoader("agcl.reporting", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"score": score, "signed": signed, "heat": heat_style}
+    return environment.get_template("report.html").render(
+        run=record,
+        name=record.folder.resolve().parent.name + "/" + record.folder.resolve().name,
+        metrics=[(n.replace("_", " "), record.results["metrics"].get(n), text) for n, text in _METRICS.items()],
+        matrices=sections.matrices(record),
+        outcomes=task_outcomes(record),
+        examples=examples(record),
+        curves=sections.curves(record),
+        importance=importance,
+        plasticity=sections.plasticity(record, importance["summary"], with_importance),
+        cost=sections.cost(record.results),
+        version=__version__,
+    )
+
+
+def score(value: float | None) -> str:
+    """Three digits; a dash for what was not measured."""
+    return "\u2013" if value is None else f"{value:.3f}"
+
+
+def signed(value: float | None) -> str:
+    """The same, with its sign."""
+    return "\u2013" if value is None else f"{value:+.3f}".replace("-", "\u2212")
+
+
+def heat_style(value: float | None) -> str:
+    """Colours of a matrix's cell, as in the figures: viridis from 0 to 1, and text that is read on it."""
+    if value is None:
+        return ""
+    place = min(max(value, 0.0), 1.0)
+    return f"background:{to_hex(colormaps['viridis'](place))};color:{'#fff' if place < DARK_BELOW else '#000'}"
