@@ -4,6 +4,7 @@ import sys
 from collections.abc import Sequence
 
 from agcl import commands
+from agcl.configurations import resolve_arguments
 from agcl.errors import AgclError
 
 
@@ -11,12 +12,13 @@ def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; errors that a user can mend are printed as one line, exit status 1."""
     words = sys.argv[1:] if args is None else list(args)
     try:
+        words = resolve_arguments(words)
         if words and words[0] in commands.COMMANDS:
             status = commands.run(words)
         else:
             from agcl import lightning_cli  # seconds to import, which the other commands do without
 
-            lightning_cli.run(args, epilog=commands.help_text())
+            lightning_cli.run(words, epilog=commands.help_text())
             status = 0
     except (ValueError, OSError) as error:
         # What the operating system says (no space left, permission denied) names its file already.

@@ -7,7 +7,7 @@ from timeit import Timer
 from typing import Any
 
 import torch
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
 
 from agcl.callbacks import ContinualMonitor, ContinualReport, TaskProgressBar
@@ -30,6 +30,10 @@ class AgclCLI(LightningCLI):
             parser.link_arguments(f"model.{name}", f"data.{name}")
         parser.link_arguments(("data.tasks", "data.regime"), "trainer.max_epochs", compute_fn=_total_epochs)
         parser.set_defaults({"trainer.reload_dataloaders_every_n_epochs": 1, "trainer.num_sanity_val_steps": -1})
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Take the words as given: Lightning warns if they come beside ``sys.argv``, from where `agcl.cli` has them."""
+        self.config = parser.parse_args(args)
 
     def before_instantiate_classes(self) -> None:
         """Check the checkpoint's file; choose precision and progress bar where none is given."""
@@ -86,12 +90,12 @@ def _product_seconds(dtype: torch.dtype) -> float:
     return min(timer.repeat(repeat=5, number=1))
 
 
-def run(args: Sequence[str] | None, epilog: str) -> None:
-    """Parse the arguments (None: the process's own), and train, validate or test accordingly."""
+def run(args: Sequence[str], epilog: str) -> None:
+    """Parse the arguments, and train, validate or test accordingly."""
     AgclCLI(
         ContinualLM,
         ContinualDataModule,
-        args=None if args is None else list(args),
+        args=list(args),
         seed_everything_default=0,
         trainer_defaults={"callbacks": [TaskProgressBar(), ContinualReport(), ContinualMonitor()]},
         parser_kwargs={"prog": "agcl", "epilog": epilog, "fit": {"prog": "agcl fit"}},

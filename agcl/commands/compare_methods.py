@@ -12,7 +12,7 @@ def compare_methods(*, config: Path, report_only: bool = False) -> int:
     """Compare continual-learning methods over seeds, each tuned with the same number of trials.
 
     Args:
-        config: The comparison's YAML file; see lightning_configs/compare/quickstart.yaml.
+        config: The comparison's YAML file, or a built-in one, such as builtin:compare/quickstart.
         report_only: Run nothing, and make the tables from the runs that are there.
 
     Returns:
