@@ -7,6 +7,8 @@ from agcl import commands
 from agcl.configurations import resolve_arguments
 from agcl.errors import AgclError
 
+_CONFIGURATIONS = "Configurations that come with agcl go by name: `--config builtin:quickstart`."
+
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; errors that a user can mend are printed as one line, exit status 1."""
@@ -18,7 +20,7 @@ def main(args: Sequence[str] | None = None) -> None:
         else:
             from agcl import lightning_cli  # seconds to import, which the other commands do without
 
-            lightning_cli.run(words, epilog=commands.help_text())
+            lightning_cli.run(words, epilog=f"{_CONFIGURATIONS} {commands.help_text()}")
             status = 0
     except (ValueError, OSError) as error:
         # What the operating system says (no space left, permission denied) names its file already.
