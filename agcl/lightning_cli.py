@@ -33,7 +33,10 @@ class AgclCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Take the words as given: Lightning warns if they come beside ``sys.argv``, from where `agcl.cli` has them."""
-        self.config = parser.parse_args(args)
+        if isinstance(args, list):
+            self.config = parser.parse_args(args)
+        else:
+            super().parse_arguments(parser, args)
 
     def before_instantiate_classes(self) -> None:
         """Check the checkpoint's file; choose precision and progress bar where none is given."""

@@ -75,7 +75,8 @@ def _help(words: list[str]) -> str:
             main([*words, "--help"])
     finally:
         sys.argv = arguments
-    return "".join(c for c in text.getvalue() if c == "\n" or c.isprintable())  # jsonargparse writes a backspace
+    shown = "".join(c for c in text.getvalue() if c == "\n" or c.isprintable())  # jsonargparse writes a backspace
+    return shown.partition("\n\n")[2] if words == ["fit"] else shown  # its usage is fifty lines of what follows
 
 
 def api_pages(packages: tuple[str, ...]) -> dict[str, str]:
