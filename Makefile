@@ -30,10 +30,16 @@ test: $(INSTALLED) ## the tests (minutes)
 test-slow: $(INSTALLED) ## the longer tests too
 	$(BIN)/python -m pytest
 
+docs: $(INSTALLED) ## the documentation site, into build/docs; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+
+dist: $(INSTALLED) ## source distribution and wheel, into dist
+	$(BIN)/python -m build
+
 lint: $(INSTALLED) ## style, types, import contracts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-.PHONY: help setup quickstart quickstart-sequential test test-slow lint
+.PHONY: help setup quickstart quickstart-sequential test test-slow docs dist lint

@@ -11,6 +11,7 @@ from typing import Any
 from jsonargparse import ArgumentError
 
 from agcl import commands
+from agcl.configurations import resolve_arguments
 from agcl.errors import user_error
 from agcl.trust import denied_import, restrict_imports
 
@@ -34,6 +35,8 @@ _REMEDIES = {
 _CHECK = "Show what a configuration's rows look like to the model, a forecast, and every problem, without training."
 _PLAN = "Print what memory and time a configuration would take, before anything is loaded."
 
+_CONFIGURATIONS = "Configurations that come with agcl go by name: `--config builtin:quickstart`."
+
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; an error is printed as one line (exit status 2 for wrong arguments, else 1).
@@ -49,7 +52,8 @@ def main(args: Sequence[str] | None = None) -> None:
             os.environ[_DEBUG_VARIABLE] = "1"
     try:
         restrict_imports()
-        status = _run(words, is_command_line=args is None)
+        words = resolve_arguments(words)
+        status = _run(words)
     except KeyboardInterrupt:  # Ctrl-C before training, where there is nothing to save
         sys.exit(128 + signal.SIGINT)
     except Exception as error:
@@ -64,7 +68,7 @@ def main(args: Sequence[str] | None = None) -> None:
         sys.exit(status)
 
 
-def _run(words: list[str], is_command_line: bool) -> int:
+def _run(words: list[str]) -> int:
     if words and words[0] in commands.COMMANDS:
         return commands.run(words)
     if words and words[0] == "check":
@@ -77,8 +81,8 @@ def _run(words: list[str], is_command_line: bool) -> int:
         return planning.run(words[1:])
     from agcl import lightning_cli  # seconds to import, which the other commands do without
 
-    epilog = f"{commands.help_text()} Besides, `agcl check`: {_CHECK} Besides, `agcl plan`: {_PLAN}"
-    lightning_cli.run(None if is_command_line else words, epilog=epilog)
+    others = f"Besides, `agcl check`: {_CHECK} Besides, `agcl plan`: {_PLAN}"
+    lightning_cli.run(words, epilog=f"{_CONFIGURATIONS} {commands.help_text()} {others}")
     return 0
 
 

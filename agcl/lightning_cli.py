@@ -56,10 +56,13 @@ class AgclCLI(LightningCLI):
             help="auto: go on from the newest good checkpoint of this configuration's runs, or start if there is none",
         )
 
-    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Remember what was said on the command line, other than in a file."""
-        self.words = sys.argv[1:] if args is None else list(args)
-        super().parse_arguments(parser, args)
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Take the words as given, and remember them: what a file says is not what the user said.
+
+        Lightning would warn that they come beside ``sys.argv``, from where `agcl.cli` has them.
+        """
+        self.words = args if isinstance(args, list) else sys.argv[1:]
+        self.config = parser.parse_args(self.words)
 
     def before_instantiate_classes(self) -> None:
         """Check what may run code; find or check the checkpoint; choose precision and progress bar if not given."""
@@ -182,8 +185,8 @@ def _product_seconds(dtype: torch.dtype) -> float:
     return min(timer.repeat(repeat=5, number=1))
 
 
-def run(args: Sequence[str] | None, epilog: str) -> None:
-    """Parse the arguments (None: the process's own), and train, validate or test accordingly.
+def run(args: Sequence[str], epilog: str) -> None:
+    """Parse the arguments, and train, validate or test accordingly.
 
     Raises:
         ArgumentError: If the arguments, or the files they name, do not fit the options.
@@ -194,7 +197,7 @@ def run(args: Sequence[str] | None, epilog: str) -> None:
         AgclCLI(
             ContinualLM,
             ContinualDataModule,
-            args=None if args is None else list(args),
+            args=list(args),
             seed_everything_default=0,
             # The report comes after the monitor: it writes down what the others have found.
             trainer_defaults={"callbacks": [TaskProgressBar(), ContinualMonitor(), ContinualReport(), StopOnSignal()]},

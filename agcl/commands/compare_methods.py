@@ -12,7 +12,7 @@ def compare_methods(*, config: Path, report_only: bool = False, data_dir: str | 
     """Compare continual-learning methods over seeds, each tuned with the same number of trials.
 
     Args:
-        config: The comparison's YAML file; see lightning_configs/compare/quickstart.yaml.
+        config: The comparison's YAML file, or a built-in one, such as builtin:compare/quickstart.
         report_only: Run nothing, and make the tables from the runs that are there.
         data_dir: Folder that the tasks' relative files are taken from, for all runs: ``data.data_dir`` of ``agcl fit``.
 

@@ -14,6 +14,7 @@ import yaml
 from jsonargparse import get_loader
 
 from agcl.compare.settings import Values
+from agcl.configurations import resolve_configuration
 from agcl.errors import AgclError
 from agcl.files import is_whole_zip, write_whole
 
@@ -141,13 +142,15 @@ def digest(content: Any) -> str:
 
 
 def read_config(path: str) -> dict[str, Any]:
-    """A configuration file as plain values.
+    """A configuration file, or a built-in one by its name, as plain values.
 
     Raises:
         AgclError: If it is not there or is no mapping.
     """
     try:
-        content = get_loader("yaml")(Path(path).read_text())  # as `agcl fit` reads it: 1e-4 is a number
+        content = get_loader("yaml")(
+            Path(resolve_configuration(path)).read_text()
+        )  # as `agcl fit` reads it: 1e-4 is a number
     except (OSError, yaml.YAMLError) as error:
         raise AgclError(f"The configuration {path} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):

@@ -43,8 +43,8 @@ class Comparison:
     """Methods x seeds (x orders), each method with its own settings, chosen on one seed.
 
     Args:
-        base: Configurations of every run, in this order; paths are relative to the working directory, as for
-            ``agcl fit``.
+        base: Configurations of every run, in this order; paths are relative to the working directory, or names of
+            built-in ones, as for ``agcl fit``.
         methods: Name -> method.
         seeds: Seeds of the runs that the table is made of.
         output: Folder of the runs and tables.
