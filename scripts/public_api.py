@@ -15,9 +15,12 @@ PACKAGES = (
     "agcl.attribution.estimators",
     "agcl.callbacks",
     "agcl.compare",
+    "agcl.export",
     "agcl.gating",
+    "agcl.integrations.transformers",
     "agcl.methods",
     "agcl.metrics",
+    "agcl.reporting",
 )
 
 

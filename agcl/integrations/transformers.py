@@ -16,6 +16,8 @@ from agcl.errors import AgclError
 from agcl.gating import GradientGate, UpdateGate
 from agcl.integrations.pytorch import Importance, gate, importance_from
 
+__all__ = ["ImportanceGate", "TaskImportance"]
+
 
 class ImportanceGate(TrainerCallback):
     """Protects what earlier tasks need while the ``Trainer`` learns another.
