@@ -19,6 +19,8 @@ TRUST_REMOTE_CODE = "AGCL_TRUST_REMOTE_CODE"
 
 NAMEABLE = (
     "agcl",
+    "agcl.compare.Method",  # the mappings in a comparison's file; the rest of the package starts processes
+    "agcl.compare.settings.Method",
     "lightning.fabric.plugins",
     "lightning.pytorch.accelerators",
     "lightning.pytorch.callbacks",

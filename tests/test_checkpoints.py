@@ -258,12 +258,12 @@ def test_importance_is_brought_along_whole_and_shard_by_shard(tmp_path, max_shar
     so_far = ImportanceSoFar("maximum", 8, "host", needs_files=True)
     so_far.files = {"a": str(source)}
     strategy = SimpleNamespace(barrier=lambda: None)
-    trainer = SimpleNamespace(log_dir=str(tmp_path / "new"), is_global_zero=True, strategy=strategy)
-    so_far.bring_along(trainer)
+    trainer = SimpleNamespace(log_dir=str(tmp_path / "new"), loggers=[], is_global_zero=True, strategy=strategy)
+    so_far.bring_along(trainer, torch.nn.Linear(1, 1))
     assert so_far.files == {"a": str(copy)}
     found, metadata = load_importance(copy)
     assert metadata["task"] == "a"
     assert all(torch.equal(levels[name], found[name]) for name in levels)
     copy.write_bytes(b"damaged")
     with pytest.raises(AgclError, match=rf"of task `a` is lost: {copy} is truncated or no importance file"):
-        so_far.bring_along(trainer)
+        so_far.bring_along(trainer, torch.nn.Linear(1, 1))

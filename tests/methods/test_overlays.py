@@ -11,7 +11,10 @@ from helpers import write_config
 from agcl.cli import main
 
 OVERLAYS = Path(__file__).parents[2] / "lightning_configs" / "method"
-OVERRIDES = {"layer_freezing": ["--trainer.callbacks.num_layers=1"]}  # what does not fit a model of two blocks
+OVERRIDES = {  # what does not fit a model of two blocks, or the two samples of the configuration underneath
+    "layer_freezing": ["--trainer.callbacks.num_layers=1"],
+    "agcl_paper": ["--trainer.callbacks.importance.top_k=2"],
+}
 
 
 def test_overrides_are_of_overlays():
