@@ -1,0 +1,78 @@
+"""Make RESULTS.md from the raw results: ``python scripts/results.py``; no figure in it is typed by hand.
+
+The words between the tables are in ``scripts/results.md``; a line ``{{name}}`` there is replaced by what the
+function of that name below returns.
+"""
+
+import json
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+RAW = ROOT / "benchmarks" / "results"
+COMPARISON = RAW / "compare_quickstart"
+METRICS = ("average_performance", "backward_transfer", "learning_accuracy")
+Row = tuple[object, ...]
+
+
+def comparison() -> str:
+    """The comparison's own tables, as `agcl compare` wrote them."""
+    text = (COMPARISON / "comparison.md").read_text()
+    return re.sub(r"^#", "###", text, flags=re.MULTILINE).strip()
+
+
+def trials() -> str:
+    """The gate beside its shuffled control at the same settings, on the trials' seed."""
+    rows: list[Row] = []
+    for folder in sorted((COMPARISON / "agcl").iterdir()):
+        found = [_scores(COMPARISON / method / folder.name, seed=0) for method in ("agcl", "agcl_shuffled")]
+        if None in found:
+            continue
+        rate, strength = re.findall(r"=([\d.e-]+)", folder.name)
+        rows += [
+            (rate, strength, name, *(f"{scores['metrics'][m]:.3f}" for m in METRICS))
+            for name, scores in zip(("gate", "shuffled"), found, strict=True)
+            if scores
+        ]
+    header = ("learning rate", "strength", "", "average performance", "backward transfer", "learning accuracy")
+    return _table(header, rows)
+
+
+def gates() -> str:
+    """Rows of `benchmarks/gates.py`: share known / loss per token on each task at the end."""
+    rows = []
+    for line in (RAW / "gates.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        options = {"relative": ("c",), "relative2": ("c",), "ratio": ("power",), "none": ()}.get(
+            row["kind"], ("quantile",)
+        )
+        kind = " ".join([row["kind"], *(f"{option} {row[option]:g}" for option in options)])
+        kind += ", shuffled" if row["shuffled"] else ""
+        is_gated = row["kind"] != "none"
+        cells = [f"{known:.2f} / {loss:.4f}" for known, loss in row["matrix"][-1]]
+        rows.append(
+            (kind, row["score"] if is_gated else "", f"{row['lr']:g}", row["samples"] if is_gated else "", *cells)
+        )
+    width = max(map(len, rows))
+    header = ("gate", "score", "learning rate", "samples", "Welsh", "Finnish", "Swahili", "Turkish")
+    return _table(header[:width], [row + ("",) * (width - len(row)) for row in rows])
+
+
+def _scores(folder: Path, seed: int) -> dict[str, dict[str, float]] | None:
+    files = sorted(folder.glob(f"seed-{seed}-*/scores.json"))
+    return json.loads(files[0].read_text()) if files else None
+
+
+def _table(header: Row, rows: list[Row]) -> str:
+    lines = [header, ("---",) * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def page() -> str:
+    """RESULTS.md."""
+    text = (ROOT / "scripts" / "results.md").read_text()
+    return re.sub(r"^\{\{(\w+)\}\}$", lambda found: globals()[found[1]](), text, flags=re.MULTILINE)
+
+
+if __name__ == "__main__":
+    (ROOT / "RESULTS.md").write_text(page())
