@@ -6,6 +6,7 @@ import re
 import signal
 import sys
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from typing import Any
 
 from jsonargparse import ArgumentError
@@ -32,8 +33,14 @@ _REMEDIES = {
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST), _PERMISSION),
 }
 
-_CHECK = "Show what a configuration's rows look like to the model, a forecast, and every problem, without training."
-_PLAN = "Print what memory and time a configuration would take, before anything is loaded."
+ON_CONFIGURATIONS = {
+    "check": (
+        "agcl.checking.command",
+        "Show what a configuration's rows look like to the model, a forecast, and every problem, without training.",
+    ),
+    "plan": ("agcl.planning", "Print what memory and time a configuration would take, before anything is loaded."),
+}
+"""Commands that take what ``agcl fit`` takes: the module whose ``run`` does it, imported on demand; a sentence."""
 
 _CONFIGURATIONS = "Configurations that come with agcl go by name: `--config builtin:quickstart`."
 
@@ -71,17 +78,11 @@ def main(args: Sequence[str] | None = None) -> None:
 def _run(words: list[str]) -> int:
     if words and words[0] in commands.COMMANDS:
         return commands.run(words)
-    if words and words[0] == "check":
-        from agcl.checking import command
-
-        return command.run(words[1:])
-    if words and words[0] == "plan":
-        from agcl import planning
-
-        return planning.run(words[1:])
+    if words and words[0] in ON_CONFIGURATIONS:
+        return import_module(ON_CONFIGURATIONS[words[0]][0]).run(words[1:])
     from agcl import lightning_cli  # seconds to import, which the other commands do without
 
-    others = f"Besides, `agcl check`: {_CHECK} Besides, `agcl plan`: {_PLAN}"
+    others = " ".join(f"Besides, `agcl {name}`: {text}" for name, (_, text) in ON_CONFIGURATIONS.items())
     lightning_cli.run(words, epilog=f"{_CONFIGURATIONS} {commands.help_text()} {others}")
     return 0
 
@@ -111,7 +112,7 @@ def _argument_line(message: str, words: list[str]) -> str:
 
 def _command(words: list[str]) -> str:
     """The words that name a command, without its arguments."""
-    known: Any = {**commands.COMMANDS, **dict.fromkeys(("fit", "validate", "test", "predict"))}
+    known: Any = {**commands.COMMANDS, **dict.fromkeys((*ON_CONFIGURATIONS, "fit", "validate", "test", "predict"))}
     found = ["agcl"]
     for word in words:
         if not isinstance(known, Mapping) or word not in known:

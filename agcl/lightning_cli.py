@@ -71,7 +71,7 @@ class AgclCLI(LightningCLI):
         _restrict_checkpoints(config)
         record = self._find_checkpoint(config)
         trainer = config.trainer
-        configured = [callback.class_path for callback in _all_callbacks(config)]
+        configured = [callback.class_path for callback in all_callbacks(config)]
         if trainer.enable_progress_bar is False or any(path.endswith("ProgressBar") for path in configured):
             defaults = self.trainer_defaults["callbacks"]
             self.trainer_defaults["callbacks"] = [c for c in defaults if not isinstance(c, TaskProgressBar)]
@@ -114,7 +114,7 @@ class AgclCLI(LightningCLI):
         plugins = plugins if isinstance(plugins, list) else [plugins]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins = [*plugins, AtomicCheckpointIO()]
-        return super().instantiate_trainer(**{"plugins": plugins, "callbacks": _all_callbacks(config), **kwargs})
+        return super().instantiate_trainer(**{"plugins": plugins, "callbacks": all_callbacks(config), **kwargs})
 
     def fit(self, model: ContinualLM, **kwargs: Any) -> None:
         """Train.
@@ -146,7 +146,7 @@ def _restrict_checkpoints(config: Any) -> None:
         config.weights_only = True
 
 
-def _all_callbacks(config: Any) -> list[Any]:
+def all_callbacks(config: Any) -> list[Any]:
     """``trainer.callbacks``, which may be a single one, and ``extra_callbacks``."""
     callbacks = config.trainer.callbacks or []
     return [*(callbacks if isinstance(callbacks, list) else [callbacks]), *config.extra_callbacks]
@@ -230,7 +230,7 @@ class FitConfiguration(AgclCLI):
             ContinualDataModule,
             run=False,
             save_config_callback=None,
-            parser_kwargs={"prog": prog, "description": description},
+            parser_kwargs={"prog": prog, "description": description, "exit_on_error": False},
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -249,7 +249,12 @@ class FitConfiguration(AgclCLI):
         self.config.seed_everything = False
 
     def before_instantiate_classes(self) -> None:
-        """Leave the configuration as it is given."""
+        """Check what may run code: building a model without weights runs what comes with it all the same.
+
+        Raises:
+            AgclError: If a file alone asks for it.
+        """
+        check_remote_code(self.config.model.trust_remote_code, self._args)
 
     def instantiate_classes(self) -> None:
         """Build nothing."""

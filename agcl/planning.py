@@ -19,7 +19,7 @@ from agcl.callbacks import AttributionCallback
 from agcl.data.sequence import Regime
 from agcl.errors import AgclError
 from agcl.forecast import MACHINES, Forecast, Machine, ModelSize, Precision, Settings, Work, forecast
-from agcl.lightning_cli import FitConfiguration
+from agcl.lightning_cli import FitConfiguration, all_callbacks
 from agcl.models import load_config
 
 DESCRIPTION = "Print what memory and time `agcl fit` with this configuration would take; nothing is loaded."
@@ -227,7 +227,7 @@ def _work(config: Any, **found: Any) -> Work:
 
 def attribution_options(config: Any) -> Any:
     """The arguments of the configuration's AttributionCallback, None if there is none."""
-    for callback in config.trainer.callbacks or []:
+    for callback in all_callbacks(config):
         if issubclass(_class_of(callback.class_path), AttributionCallback):
             return callback.get("init_args") or {}
     return None

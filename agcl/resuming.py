@@ -88,7 +88,7 @@ def resume_auto(config: Namespace, wanted: Config) -> tuple[Config, bool]:
         The checkpoint's record, empty if there is none to go on from; and whether ``config.yaml`` may be written over,
         since no checkpoint of another configuration was found.
     """
-    root, folders = _run_folders(config.trainer)
+    root, folders = run_folders(config.trainer)
     dirpaths = [Path(path) for path in _dirpaths(config.trainer)]
     candidates = newest([*(folder / "checkpoints" for folder in folders), *dirpaths])
     others = 0
@@ -144,7 +144,7 @@ def _is_list(content: Any) -> bool:
 # ------------------------------------------------------------------ folders
 
 
-def _run_folders(trainer: Namespace) -> tuple[Path, list[Path]]:
+def run_folders(trainer: Namespace) -> tuple[Path, list[Path]]:
     """Where the logger makes the runs' folders, and those that are there (or the one that it is told to use)."""
     default_root = trainer.default_root_dir or os.getcwd()
     logger = _logger(trainer)

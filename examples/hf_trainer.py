@@ -11,8 +11,8 @@ from agcl.attribution.estimators import LRP
 from agcl.integrations.transformers import ImportanceGate, TaskImportance
 
 
-def learn(model, rows, folder, *callbacks):
-    """Train until the rows are learned."""
+def trainer_for(model, rows, folder):
+    """It trains until the rows are learned."""
     arguments = TrainingArguments(
         output_dir=folder,
         learning_rate=5e-3,
@@ -24,8 +24,8 @@ def learn(model, rows, folder, *callbacks):
         report_to="none",
         disable_tqdm=True,
     )
-    callbacks = [StopWhenLearned(rows), *callbacks]
-    Trainer(model, arguments, train_dataset=rows, data_collator=collate, callbacks=callbacks).train()
+    stop = StopWhenLearned(rows)
+    return Trainer(model, arguments, train_dataset=rows, data_collator=collate, callbacks=[stop])
 
 
 def run(folder, seed=0):
@@ -34,17 +34,18 @@ def run(folder, seed=0):
     old_rows, new_rows = encoded(tokenizer, "welsh"), encoded(tokenizer, "finnish")
     model = tiny_model(tokenizer, seed)
     importance_file = Path(folder) / "welsh.safetensors"
-    recorder = TaskImportance(
-        save_to=importance_file,
-        estimator=LRP(score="sensitivity"),  # suits AdamW
-        config=ImportanceConfig(quantile=0.2),  # a strong gate
-    )
-    learn(model, old_rows, folder, recorder)
-    gate = ImportanceGate(importance_file)
+    estimator = LRP(score="sensitivity")  # suits AdamW
+    config = ImportanceConfig(quantile=0.2)  # a strong gate
+    trainer = trainer_for(model, old_rows, folder)
+    trainer.add_callback(TaskImportance(save_to=importance_file, estimator=estimator, config=config))
+    trainer.train()
     results = {}
-    for name, callbacks in {"without the gate": [], "with the gate": [gate]}.items():
+    for name in ("without the gate", "with the gate"):
         twin = twin_of(model)
-        learn(twin, new_rows, folder, *callbacks)
+        trainer = trainer_for(twin, new_rows, folder)
+        if name == "with the gate":
+            trainer.add_callback(ImportanceGate(importance_file))
+        trainer.train()
         results[name] = loss(twin, old_rows), loss(twin, new_rows)
     return results
 

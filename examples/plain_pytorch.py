@@ -32,12 +32,9 @@ def run(seed=0, control=False):
     old_rows, new_rows = encoded(tokenizer, "welsh"), encoded(tokenizer, "finnish")
     model = tiny_model(tokenizer, seed)
     learn(model, old_rows)
-    importance = agcl.compute_importance(
-        model,
-        old_rows,
-        estimator=LRP(score="sensitivity"),  # suits AdamW
-        config=agcl.ImportanceConfig(quantile=0.2),  # a strong gate
-    )
+    estimator = LRP(score="sensitivity")  # suits AdamW
+    config = agcl.ImportanceConfig(quantile=0.2)  # a strong gate
+    importance = agcl.compute_importance(model, old_rows, estimator=estimator, config=config)
     ways = {"without the gate": {}, "with the gate": {"importance": importance}}
     if control:
         ways["with it shuffled"] = {"importance": shuffled(importance, seed)}

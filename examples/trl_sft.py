@@ -12,8 +12,8 @@ from agcl.attribution.estimators import LRP
 from agcl.integrations.transformers import ImportanceGate, TaskImportance
 
 
-def learn(model, tokenizer, language, folder, *callbacks):
-    """Train until the rows are learned."""
+def trainer_for(model, tokenizer, language, folder):
+    """It trains until the rows are learned."""
     arguments = SFTConfig(
         output_dir=folder,
         learning_rate=5e-3,
@@ -27,13 +27,13 @@ def learn(model, tokenizer, language, folder, *callbacks):
         bf16=False,
         gradient_checkpointing=False,
     )
-    SFTTrainer(
+    return SFTTrainer(
         model,
         arguments,
         train_dataset=Dataset.from_list(texts(language)),
         processing_class=tokenizer,
-        callbacks=[StopWhenLearned(encoded(tokenizer, language)), *callbacks],
-    ).train()
+        callbacks=[StopWhenLearned(encoded(tokenizer, language))],
+    )
 
 
 def run(folder, seed=0):
@@ -42,17 +42,18 @@ def run(folder, seed=0):
     old_rows, new_rows = encoded(tokenizer, "welsh"), encoded(tokenizer, "finnish")
     model = tiny_model(tokenizer, seed)
     importance_file = Path(folder) / "welsh.safetensors"
-    recorder = TaskImportance(
-        save_to=importance_file,
-        estimator=LRP(score="sensitivity"),  # suits AdamW
-        config=ImportanceConfig(quantile=0.2),  # a strong gate
-    )
-    learn(model, tokenizer, "welsh", folder, recorder)
-    gate = ImportanceGate(importance_file)
+    estimator = LRP(score="sensitivity")  # suits AdamW
+    config = ImportanceConfig(quantile=0.2)  # a strong gate
+    trainer = trainer_for(model, tokenizer, "welsh", folder)
+    trainer.add_callback(TaskImportance(save_to=importance_file, estimator=estimator, config=config))
+    trainer.train()
     results = {}
-    for name, callbacks in {"without the gate": [], "with the gate": [gate]}.items():
+    for name in ("without the gate", "with the gate"):
         twin = twin_of(model)
-        learn(twin, tokenizer, "finnish", folder, *callbacks)
+        trainer = trainer_for(twin, tokenizer, "finnish", folder)
+        if name == "with the gate":
+            trainer.add_callback(ImportanceGate(importance_file))
+        trainer.train()
         results[name] = loss(twin, old_rows), loss(twin, new_rows)
     return results
 

@@ -16,7 +16,7 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # this checkout is described, not another that may be installed
 
-from agcl.cli import main  # noqa: E402
+from agcl.cli import ON_CONFIGURATIONS, main  # noqa: E402
 from agcl.commands import COMMANDS  # noqa: E402
 from agcl.configurations import configuration_names  # noqa: E402
 
@@ -52,7 +52,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def command_line_page() -> str:
     """Help of every command."""
-    commands = [["fit"], *_command_words(COMMANDS)]
+    commands = [["fit"], *([name] for name in ON_CONFIGURATIONS), *_command_words(COMMANDS)]
     helps = [f"## agcl {' '.join(words)}\n\n```text\n{_help(words)}```\n" for words in commands]
     names = "\n".join(f"- `builtin:{name}`" for name in configuration_names())
     return "\n".join([CLI, *helps, f"## Built-in configurations\n\n{names}\n"])
@@ -76,7 +76,9 @@ def _help(words: list[str]) -> str:
     finally:
         sys.argv = arguments
     shown = "".join(c for c in text.getvalue() if c == "\n" or c.isprintable())  # jsonargparse writes a backspace
-    return shown.partition("\n\n")[2] if words == ["fit"] else shown  # its usage is fifty lines of what follows
+    if words[0] not in ("fit", *ON_CONFIGURATIONS):
+        return shown
+    return shown.partition("\n\n")[2]  # the usage is fifty lines of what follows
 
 
 def api_pages(packages: tuple[str, ...]) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """What the documentation shows works: its estimator, its method, its tasks."""
 
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -50,3 +51,13 @@ def test_the_method_shown_freezes_the_embeddings_after_the_first_task(llama_fold
 @pytest.mark.parametrize("text", [block for block in blocks("yaml") if "tasks:" in block])
 def test_the_tasks_shown_are_valid(text):
     assert [Task(**entry).name for entry in yaml.safe_load(text)["data"]["tasks"]] == ["tickets", "faq"]
+
+
+def test_every_command_has_its_help_on_the_command_lines_page():
+    pytest.importorskip("mkdocs")
+    hook = runpy.run_path(str(ROOT / "scripts" / "docs_pages.py"))
+    hook["command_line_page"].__globals__["_help"] = " ".join
+    page = hook["command_line_page"]()
+    headings = re.findall(r"## agcl (.+)", page)
+    assert headings[:3] == ["fit", "check", "plan"]
+    assert {"init", "importance show", "export", "report"} < set(headings)

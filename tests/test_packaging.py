@@ -1,5 +1,6 @@
 """The distributions as users get them: built, installed apart from the checkout, used from another folder."""
 
+import json
 import os
 import re
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 import agcl
 
 ROOT = Path(__file__).parent.parent
+SUFFIXES = (".py", ".typed", ".html")
 CONSUMER = """\
 import agcl
 from agcl.metrics import BackwardTransfer
@@ -22,6 +24,13 @@ task = agcl.Task(name="faq", source="faq.jsonl", epochs=3)
 callback = agcl.AttributionCallback(gate="update", importance=agcl.ImportanceConfig(quantile=0.5))
 transfer = BackwardTransfer(num_tasks=2)
 version: str = agcl.__version__
+"""
+TASKS_OF_ONE_EPOCH = """\
+import json
+import yaml
+from agcl.configurations import resolve_configuration
+content = yaml.safe_load(open(resolve_configuration("builtin:quickstart")))
+print(json.dumps([{**task, "epochs": 1} for task in content["data"]["tasks"]]))
 """
 WRONG = """\
 import agcl
@@ -71,7 +80,7 @@ def test_the_wheel_holds_code_configurations_data_and_type_information(distribut
     names = zipfile.ZipFile(distributions[1]).namelist()
     assert len(names) == len(set(names))
     assert {name.removeprefix("agcl/configs/") for name in names if name.endswith(".yaml")} == configurations()
-    package = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("agcl/**/*") if path.suffix in (".py", ".typed")}
+    package = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("agcl/**/*") if path.suffix in SUFFIXES}
     data = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("agcl/data/builtin/*/*") if path.is_file()}
     assert package | data <= set(names)
     assert not [name for name in names if not name.startswith(("agcl/", f"agcl-{agcl.__version__}.dist-info/"))]
@@ -82,7 +91,10 @@ def test_the_source_distribution_holds_what_its_tests_need(distributions):
     with tarfile.open(distributions[0]) as sdist:
         names = {name.partition("/")[2] for name in sdist.getnames()}
     assert {f"lightning_configs/{name}" for name in configurations()} <= names
-    assert {"CHANGELOG.md", "CITATION.cff", "constraints.txt", "setup.py", "tests/conftest.py"} <= names
+    assert {"CHANGELOG.md", "CITATION.cff", "constraints.txt", "mkdocs.yml", "setup.py", "tests/conftest.py"} <= names
+    for folder in ("benchmarks", "docs", "examples", "notebooks", "scripts"):  # tests read and run what is there
+        needed = {path.relative_to(ROOT).as_posix() for path in (ROOT / folder).glob("*.*") if path.suffix != ".pyc"}
+        assert needed <= names, folder
 
 
 @pytest.mark.slow
@@ -96,6 +108,20 @@ def test_the_installed_package_works_outside_the_checkout(installed, tmp_path):
     rows = "from agcl.data.sources import load_rows; from agcl import Task"
     rows += "; print(len(load_rows(Task(name='w', source='builtin:cldr/welsh'), 'train', ['prompt'])))"
     assert run(installed, "-c", rows, cwd=tmp_path).strip() == "128"
+
+
+@pytest.mark.slow
+def test_the_quick_start_runs_outside_the_checkout(installed, roomy_model, tmp_path):
+    """With a tiny model in place of the packaged one, and for an epoch a task; its report needs the page's template."""
+    words = ["--config", "builtin:quickstart", "--model.model_name_or_path", roomy_model, "--trainer.accelerator=cpu"]
+    tasks = json.loads(run(installed, "-c", TASKS_OF_ONE_EPOCH, cwd=tmp_path))
+    (tmp_path / "tasks.yaml").write_text(json.dumps({"data": {"tasks": tasks, "batch_size": 16}}))
+    # A tiny model answers nothing right, so that there is no importance to be had.
+    run(installed, "-m", "agcl", "fit", *words, "--config", "tasks.yaml", cwd=tmp_path)
+    folder = tmp_path / "runs" / "quickstart" / "version_0"
+    assert len(json.loads((folder / "scores.json").read_text())["tasks"]) == len(tasks) == 4
+    run(installed, "-m", "agcl", "report", folder, cwd=tmp_path)
+    assert "turkish" in (folder / "report.html").read_text()
 
 
 @pytest.mark.slow

@@ -47,6 +47,23 @@ def test_only_named_parameters_count_as_gated(llama_folder, task_files, tmp_path
     assert not planning.read_settings(without, MACHINES["cpu"]).gate
 
 
+def test_a_callback_may_stand_alone_or_among_the_extra_ones(llama_folder, task_files, tmp_path):
+    gate = {"class_path": "agcl.AttributionCallback", "init_args": {"num_samples": 7}}
+    alone = write_config(llama_folder, task_files, tmp_path, trainer__callbacks=gate)
+    assert planning.attribution_options(configuration(alone)).num_samples == 7
+    extra = write_config(llama_folder, task_files, tmp_path, trainer__callbacks=[], extra_callbacks=[gate])
+    assert planning.attribution_options(configuration(extra)).num_samples == 7
+
+
+def test_a_wrong_option_is_one_line(llama_folder, task_files, tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        main(["plan", "--config", str(write_config(llama_folder, task_files, tmp_path)), "--rows", "many"])
+    assert exit_info.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("agcl: error: ")
+    assert line.endswith("See `agcl plan --help`.")
+
+
 def test_settings_are_read_from_the_configuration(llama_folder, task_files, tmp_path):
     options = {"importance_bits": 16, "merge": "mean", "control": "shuffled", "importance": {"top_k": 8}}
     path = write_config(

@@ -5,6 +5,7 @@ import inspect
 import json
 import os
 import pickle
+import shutil
 import struct
 import sys
 from pathlib import Path
@@ -166,6 +167,24 @@ def test_a_file_cannot_trust_a_models_code(fit):
     assert "say so yourself: `--model.trust_remote_code true`, or AGCL_TRUST_REMOTE_CODE=1" in line
     said = fit("--model.trust_remote_code=true", model__trust_remote_code=True, data__batch_size=0)
     assert said == "agcl: error: `batch_size` is 0; give at least 1."
+
+
+@pytest.mark.parametrize("command", ["check", "plan"])
+def test_a_file_cannot_trust_a_models_code_before_training_either(
+    command, llama_folder, task_files, tmp_path, marker, capsys
+):
+    folder = tmp_path / "model"
+    shutil.copytree(llama_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text(f"import os\nos.mkdir({str(marker)!r})\n")
+    path = write_config(folder, task_files[:1], tmp_path, model__trust_remote_code=True)
+    with pytest.raises(SystemExit) as exit_info:
+        main([command, "--config", str(path)])
+    said = " ".join(f"{exit_info.value.code} {capsys.readouterr().out}".split())
+    assert "A configuration file says `trust_remote_code: true`" in said
+    assert not marker.exists()
 
 
 def test_consent_by_the_environment(monkeypatch):

@@ -23,6 +23,7 @@ _HOMES = {
     "compute_importance": "computing",
     "conservation_error": "selfcheck",
     "fingerprint": "fingerprints",
+    "importance_files": "artefact",
     "load_importance": "artefact",
     "lrp_rules": "lrp",
     "merge": "merging",
@@ -49,6 +50,7 @@ __all__ = [
     "compute_importance",
     "conservation_error",
     "fingerprint",
+    "importance_files",
     "load_importance",
     "lrp_rules",
     "merge",
@@ -59,7 +61,13 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from agcl.attribution.artefact import check_importance, load_importance, open_importance, save_importance
+    from agcl.attribution.artefact import (
+        check_importance,
+        importance_files,
+        load_importance,
+        open_importance,
+        save_importance,
+    )
     from agcl.attribution.checkreport import ModelCheck
     from agcl.attribution.computing import compute_importance
     from agcl.attribution.fingerprints import fingerprint

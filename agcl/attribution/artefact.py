@@ -53,6 +53,7 @@ __all__ = [
     "common_bits",
     "dequantise",
     "fingerprint",
+    "importance_files",
     "load_importance",
     "open_importance",
     "quantise",
@@ -139,6 +140,24 @@ class ImportanceFile(LazyImportance):
 def open_importance(path: str | Path, device: torch.device | str = "cpu") -> ImportanceFile:
     """Open what `save_importance` wrote, without reading a tensor (see `ImportanceFile`)."""
     return ImportanceFile(path, device)
+
+
+def importance_files(folder: str | Path) -> list[ImportanceFile]:
+    """Open what a run has left in its folder ``importance``, each once, also where it is in shards.
+
+    Args:
+        folder: Where the files are; it need not exist. Shards without their index are of no file.
+
+    Returns:
+        In the order of their names, by which a task's re-estimated file follows its first.
+
+    Raises:
+        AgclError: If one of them cannot be used.
+    """
+    names = {path.name.removesuffix(INDEX_SUFFIX) for path in Path(folder).glob(f"*.safetensors{INDEX_SUFFIX}")}
+    files = {path.name for path in Path(folder).glob("*.safetensors")}
+    names |= {name for name in files if storage.name_of_whole(name) == name}
+    return [open_importance(Path(folder) / name) for name in sorted(names)]
 
 
 def load_importance(path: str | Path, device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], dict[str, str]]:

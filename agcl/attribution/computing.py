@@ -1,6 +1,5 @@
 """Importance of what a model has learned, from its training rows, for any PyTorch training loop."""
 
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -8,11 +7,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import AgclError
+from ..results import shown_name
 from .artefact import save_importance
 from .estimators import LRP, Estimator, Evidence
 from .fingerprints import fingerprint
 from .importance import ImportanceConfig, normalise
 from .levels import DTYPES, Bits
+from .naming import check_pattern, matching_parameters
 from .rows import samples_of
 
 
@@ -64,7 +65,7 @@ def compute_importance(
     check_options(num_samples, batch_size, bits, parameters)
     estimator = LRP() if estimator is None else estimator
     device = next(model.parameters()).device
-    names = parameter_names(model, parameters)
+    names = matching_parameters(model, parameters)
     evidence = Evidence(
         model,
         names,
@@ -85,7 +86,7 @@ def compute_importance(
     if save_to is not None:
         settings = {
             "task": task or Path(save_to).stem,
-            "model": getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__,
+            "model": shown_name(getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__),
             "fingerprint": fingerprint(model.named_parameters()),
             "num_samples": evidence.num_used,
             "source": "running",
@@ -111,24 +112,11 @@ def check_computable(
         AgclError: See `compute_importance`; also if no row has an answer.
         UnsupportedModelError: See `compute_importance`.
     """
-    names = parameter_names(model, parameters)
+    names = matching_parameters(model, parameters)
     first = next(samples_of(rows, next(model.parameters()).device), None)
     if first is None:
         raise AgclError("No row for attribution has a label other than -100, so none has an answer.")
     (LRP() if estimator is None else estimator).check(model, names, first)
-
-
-def parameter_names(model: nn.Module, parameters: str = "") -> list[str]:
-    """Names of the parameters that require a gradient and that the regular expression is found in.
-
-    Raises:
-        AgclError: If there is none.
-    """
-    named = model.named_parameters()
-    names = [name for name, parameter in named if parameter.requires_grad and re.search(parameters, name)]
-    if not names:
-        raise AgclError(f"`parameters` {parameters!r} matches no trainable parameter of the model.")
-    return names
 
 
 def check_options(num_samples: int, batch_size: int, bits: int, parameters: str) -> None:
@@ -142,7 +130,4 @@ def check_options(num_samples: int, batch_size: int, bits: int, parameters: str)
             raise AgclError(f"`{option}` is {value}; choose 1 or more.")
     if bits not in DTYPES:
         raise AgclError(f"`bits` is {bits}; choose 8 or 16.")
-    try:
-        re.compile(parameters)
-    except re.error as error:
-        raise AgclError(f"`parameters` is not a regular expression: {parameters!r} ({error}).") from error
+    check_pattern(parameters)

@@ -12,12 +12,14 @@ from agcl.attribution.estimators import Estimator
 from agcl.attribution.fingerprints import fingerprint
 from agcl.attribution.importance import ImportanceConfig, Parts, normalise
 from agcl.attribution.levels import DTYPES, Bits
+from agcl.attribution.naming import check_pattern, matching_parameters
 from agcl.attribution.passes import Sample
 from agcl.callbacks.progress import activity
 from agcl.data.samples import training_samples
 from agcl.errors import AgclError
-from agcl.evidence import check_pattern, matching_parameters, task_evidence
+from agcl.evidence import task_evidence
 from agcl.ranks import ALONE, Ranks
+from agcl.results import shown_name
 from agcl.shards import check_layout, has_shards
 
 
@@ -149,7 +151,7 @@ class Gatherer:
     def _metadata(self, pl_module: Any, task: str, num_samples: int) -> dict[str, str]:
         settings = {
             "task": task,
-            "model": pl_module.model_name_or_path,
+            "model": shown_name(pl_module.model_name_or_path),
             "fingerprint": fingerprint(pl_module.model.named_parameters()),
             "num_samples": num_samples,
             **self.estimator.describe(),

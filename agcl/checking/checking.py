@@ -24,6 +24,7 @@ from agcl.data.sequence import order_problems
 from agcl.data.tasks import Task
 from agcl.errors import AgclError
 from agcl.forecast import Forecast, Machine, ModelSize, Settings, Work, forecast
+from agcl.lightning_cli import all_callbacks
 from agcl.module import ContinualLM
 
 DESCRIPTION = "Show what `agcl fit` with this configuration would see and need, and every problem; nothing is trained."
@@ -169,7 +170,7 @@ def _datamodule(found: Check, config: Any) -> ContinualDataModule | None:
 
 def _callbacks(found: Check, config: Any) -> list[Any]:
     built = []
-    for options in config.trainer.callbacks or []:
+    for options in all_callbacks(config):
         with found.collecting():
             built.append(build(Callback, options))
     return built

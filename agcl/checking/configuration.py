@@ -37,7 +37,6 @@ class LenientConfiguration(FitConfiguration):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse; where that fails, find each mistake, and parse what is left."""
-        parser.exit_on_error = False
         try:
             super().parse_arguments(parser, args)
         except ArgumentError as error:
@@ -46,6 +45,16 @@ class LenientConfiguration(FitConfiguration):
             self.problems += content.problems or [_one_line(error)]
             self._parse_rest(parser, content, words)
         self.config.seed_everything = False
+
+    def before_instantiate_classes(self) -> None:
+        """Check what may run code; where a file alone asks for it, go on without."""
+        if not self.is_usable:
+            return
+        try:
+            super().before_instantiate_classes()
+        except AgclError as error:
+            self.problems += error.problems
+            self.config.model.trust_remote_code = self.config.data.trust_remote_code = False
 
     def _parse_rest(self, parser: LightningArgumentParser, content: "_Content", words: list[str]) -> None:
         """Parse the usable part of the files with the other words of the command line."""

@@ -6,14 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from agcl.attribution.artefact import ImportanceFile, check_importance, open_importance
+from agcl.attribution.artefact import ImportanceFile, check_importance, importance_files, open_importance
 from agcl.attribution.merging import RunningMerge
+from agcl.attribution.storage import index_of
+from agcl.checkpoints import look_into
 from agcl.errors import AgclError
 from agcl.gating.plasticity import summary
 from agcl.plots import layer_of, layer_order
+from agcl.resuming import run_folders
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ def find_earlier(config: Any) -> Earlier:
     """The importance files that a configuration leads to.
 
     Those named by the option ``importance``; else those of the checkpoint to resume from; else those of the newest run
-    in the logger's folder that has some.
+    in the logger's folder that has some, which is ``lightning_logs`` where no logger is named.
 
     Args:
         config: Of ``agcl check``.
@@ -44,12 +46,13 @@ def find_earlier(config: Any) -> Earlier:
         AgclError: If a file cannot be read.
     """
     if config.importance:
-        return Earlier(_by_task(config.importance), "the files named by --importance")
+        named = [open_importance(path) for path in config.importance]
+        return Earlier(_by_task(named), "the files named by --importance")
     if config.get("ckpt_path"):
         return Earlier(_by_task(_files_of_checkpoint(config.ckpt_path)), f"the checkpoint {config.ckpt_path}")
-    for folder in _run_folders(config.trainer.logger):
-        if paths := sorted(folder.glob("importance/*.safetensors")):
-            return Earlier(_by_task(paths), f"the run {folder}", is_named=False)
+    for folder in sorted(filter(Path.is_dir, run_folders(config.trainer)[1]), key=_age, reverse=True):
+        if files := importance_files(folder / "importance"):
+            return Earlier(_by_task(files), f"the run {folder}", is_named=False)
     return Earlier({}, "no earlier run", is_named=False)
 
 
@@ -86,32 +89,25 @@ def plasticity_left(
     return {layer: layers[layer] for layer in sorted(layers, key=layer_order)}
 
 
-def _by_task(paths: Iterable[str | Path]) -> dict[str, ImportanceFile]:
+def _by_task(files: Iterable[ImportanceFile]) -> dict[str, ImportanceFile]:
     """The latest file of each task: one that was re-estimated sorts behind the first."""
     found = {}
-    for path in paths:
-        file = open_importance(path)
+    for file in files:
         if "task" not in file.metadata:
-            raise AgclError(f"{path} does not say of which task it is; a merged file cannot be told apart by task.")
+            raise AgclError(f"{file.path} does not say of which task it is; a merged file cannot be told apart.")
         found[file.metadata["task"]] = file
     return found
 
 
-def _files_of_checkpoint(path: str) -> list[str]:
-    try:
-        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:  # torch raises many types for a file that is not right
-        raise AgclError(f"The checkpoint {path} cannot be read: {' '.join(str(error).split())[:200]}") from error
-    states = [state for key, state in checkpoint.get("callbacks", {}).items() if "AttributionCallback" in key]
-    return [str(file) for state in states for file in state["so_far"]["files"].values() if Path(file).exists()]
+def _files_of_checkpoint(path: str) -> list[ImportanceFile]:
+    """What is still there of the files that a checkpoint names."""
+    callbacks = look_into(Path(path)).get("callbacks", {})
+    states = [state for key, state in callbacks.items() if "AttributionCallback" in key]
+    files = [Path(file) for state in states for file in state["so_far"]["files"].values()]
+    return [open_importance(file) for file in files if file.exists() or index_of(file).exists()]
 
 
-def _run_folders(logger: Any) -> list[Path]:
-    """Folders of earlier runs, the newest first."""
-    loggers = logger if isinstance(logger, list) else [logger]
-    options = next((each.init_args for each in loggers if hasattr(each, "init_args")), None)
-    if options is None or not options.get("save_dir"):
-        return []
-    root = Path(options.save_dir) / str(options.get("name") or "")
-    numbered = [(int(match[1]), path) for path in root.glob("version_*") if (match := re.search(r"_(\d+)$", path.name))]
-    return [path for _, path in sorted(numbered, reverse=True)]
+def _age(folder: Path) -> tuple[int, float]:
+    """Grows with later runs: Lightning numbers their folders; where something else names them, it is the clock's."""
+    number = re.fullmatch(r"version_(\d+)", folder.name)
+    return int(number[1]) if number else -1, folder.stat().st_mtime

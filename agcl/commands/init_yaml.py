@@ -18,7 +18,7 @@ _HEAD = """\
 #   agcl check --config {file}
 #   agcl fit --config {file}
 #
-# A checkpoint is written at the end of each task; `agcl fit --config {file} --ckpt_path CHECKPOINT` goes on from it.
+# A checkpoint is written at the end of each task; `agcl fit --config {file} --resume auto` goes on from it.
 # Relative paths are taken from the folder that you run this in.
 seed_everything: 0
 trainer:

@@ -1,26 +1,18 @@
 """The model card: what the model learned in which order, how well it does, and what it was made with."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from torch import Tensor
 
 from agcl.metrics import functional
+from agcl.results import METRIC_MEANINGS, shown_name
 from agcl.version import __version__
 
 from .finding import Trained
-
-_METRICS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
-    "average performance": (functional.average_performance, "mean score on the tasks learned"),
-    "backward transfer": (functional.backward_transfer, "what later tasks did to earlier ones; forgetting is negative"),
-    "forgetting": (functional.forgetting, "loss against the best score that a task had"),
-    "forward transfer": (functional.forward_transfer, "what earlier tasks did for one not yet learned"),
-    "learning accuracy": (functional.learning_accuracy, "mean score of a task right after it was learned"),
-}
 
 
 def model_card(trained: Trained, name: str, *, is_adapter: bool) -> ModelCard:
@@ -64,9 +56,8 @@ def _summary(trained: Trained, is_adapter: bool) -> str:
         how = f"{total} tasks learned one after another"
     else:
         how = f"the first {count} of {total} tasks learned one after another"
-    return (
-        f"{what} `{trained.model_name}`: {how} with `agcl` (attribution-guided continual learning, arXiv 2605.05285)."
-    )
+    method = "`agcl` (attribution-guided continual learning, arXiv 2605.05285)"
+    return f"{what} `{shown_name(trained.model_name)}`: {how} with {method}."
 
 
 def _use(trained: Trained, is_adapter: bool) -> str:
@@ -79,7 +70,7 @@ def _use(trained: Trained, is_adapter: bool) -> str:
         lines = [f'model = PeftModel.from_pretrained(load_model("{trained.model_name}"), FOLDER)']
     else:
         imports = ["from peft import PeftModel", "from transformers import AutoModelForCausalLM, AutoTokenizer"]
-        lines = [f'base = AutoModelForCausalLM.from_pretrained("{trained.model_name}")']
+        lines = [f'base = AutoModelForCausalLM.from_pretrained("{shown_name(trained.model_name)}")']
         lines += ["model = PeftModel.from_pretrained(base, FOLDER)"]
     lines += ["tokenizer = AutoTokenizer.from_pretrained(FOLDER)"]
     return "\n".join(
@@ -111,11 +102,11 @@ def _score_matrix(trained: Trained) -> str:
 
 
 def _metrics(trained: Trained) -> str:
-    matrix = trained.scores
-    values = {key: (function(matrix).item(), meaning) for key, (function, meaning) in _METRICS.items()}
-    return _table(
-        ["metric", "value", "meaning"], [[key, _number(v) or "undefined", m] for key, (v, m) in values.items()]
-    )
+    rows = []
+    for name, meaning in METRIC_MEANINGS.items():
+        value = getattr(functional, name)(trained.scores).item()
+        rows.append([name.replace("_", " "), _number(value) or "undefined", meaning])
+    return _table(["metric", "value", "meaning"], rows)
 
 
 def _importance(trained: Trained) -> str:

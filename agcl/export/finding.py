@@ -1,6 +1,5 @@
 """From a run's folder or a checkpoint to a model and what is known of it."""
 
-import json
 import math
 import zipfile
 from collections.abc import Iterator
@@ -12,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from agcl.attribution.artefact import INDEX_SUFFIX, ImportanceFile, open_importance
-from agcl.attribution.storage import name_of_whole
+from agcl.attribution.artefact import ImportanceFile, importance_files
 from agcl.errors import AgclError
 from agcl.metrics.functional import num_learned
+from agcl.results import read_results
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class Trained:
         model_name: What the training began with, as its user gave it.
         facts: What ``scores.json`` says besides: metrics of the tasks, precision, seed, versions; empty without one.
         weights: A folder in Hugging Face format, or a checkpoint.
-        importance: Importance files of the tasks learned.
+        importance: The latest importance file of each task learned.
     """
 
     tasks: list[str]
@@ -77,9 +76,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _of_run(folder: Path, task: str | None) -> Trained:
-    facts = _facts(folder)
-    if facts is None:
-        raise AgclError(f"{folder} has no scores.json; name the folder of a run, or a checkpoint.")
+    facts = read_results(folder)
     tasks, scores = facts["tasks"], _matrix(facts["scores"])
     count = len(tasks) if task is None else _index(task, tasks) + 1
     if facts["regime"] == "joint" and count < len(tasks):
@@ -88,7 +85,10 @@ def _of_run(folder: Path, task: str | None) -> Trained:
         return _trained(tasks, count, scores, facts, folder / "model", folder)
     found: dict[int, Path] = {}
     for path in sorted(folder.rglob("*.ckpt"), key=lambda path: path.stat().st_mtime):
-        checkpoint = read_checkpoint(path)
+        try:
+            checkpoint = read_checkpoint(path)
+        except AgclError:  # damaged or somebody else's: another may do
+            continue
         if _task_names(checkpoint) == tasks and (end := _finished(checkpoint)) is not None:
             found[end] = path
     if count not in found:
@@ -112,9 +112,9 @@ def _of_checkpoint(path: Path, task: str | None) -> Trained:
         raise AgclError(f"{path} was saved at the end of task `{tasks[count - 1]}`, not of `{task}`.")
     scores = checkpoint["agcl"]["scores"]["score"]
     folder = next((run for run in _folders(path, checkpoint) if _is_of(run, tasks, count, scores)), None)
-    facts = _facts(folder) if folder is not None else None
     model = checkpoint["hyper_parameters"]["model_name_or_path"]
-    facts = facts or {"regime": checkpoint["agcl"].get("regime", "sequential"), "model": model}
+    facts = {"regime": checkpoint["agcl"].get("regime", "sequential"), "model": model}
+    facts = facts if folder is None else read_results(folder)
     return _trained(tasks, count, scores, facts, path, folder)
 
 
@@ -123,19 +123,17 @@ def _trained(
 ) -> Trained:
     seen = scores.clone()
     seen[count + 1 :] = torch.nan
-    importance = [] if folder is None else list(_importance(folder / "importance", tasks[:count]))
+    importance = [] if folder is None else _importance(folder / "importance", tasks[:count])
     return Trained(tasks, count, seen, facts["regime"], facts["model"], facts, weights, importance)
 
 
-def _importance(folder: Path, learned: list[str]) -> Iterator[ImportanceFile]:
-    """Files of these tasks, not those re-estimated after a later one; in the order of the tasks."""
-    names = {path.name.removesuffix(INDEX_SUFFIX) for path in folder.glob(f"*.safetensors{INDEX_SUFFIX}")}
-    names |= {name_of_whole(path.name) for path in folder.glob("*.safetensors")}
-    for name in sorted(names):
-        file = open_importance(folder / name)
-        reestimated = file.metadata.get("reestimated_after")
-        if file.metadata.get("task") in learned and (reestimated is None or reestimated in learned):
-            yield file
+def _importance(folder: Path, learned: list[str]) -> list[ImportanceFile]:
+    """Of each of these tasks, in their order, what the gate went by when the last of them was learned."""
+    latest: dict[str, ImportanceFile] = {}
+    for file in importance_files(folder):  # a re-estimated one comes later
+        if file.metadata.get("reestimated_after") in (None, *learned):
+            latest[file.metadata.get("task", "")] = file
+    return [latest[task] for task in learned if task in latest]
 
 
 def _finished(checkpoint: dict[str, Any]) -> int | None:
@@ -156,23 +154,9 @@ def _folders(path: Path, checkpoint: dict[str, Any]) -> Iterator[Path]:
 
 
 def _is_of(folder: Path, tasks: list[str], count: int, scores: Tensor) -> bool:
-    facts = _facts(folder)
-    if facts is None or facts["tasks"] != tasks:
+    if not (folder / "scores.json").is_file() or (facts := read_results(folder))["tasks"] != tasks:
         return False
     return torch.equal(_matrix(facts["scores"])[: count + 1].nan_to_num(-1), scores[: count + 1].nan_to_num(-1))
-
-
-def _facts(folder: Path) -> dict[str, Any] | None:
-    path = folder / "scores.json"
-    if not path.is_file():
-        return None
-    try:
-        facts = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise AgclError(f"{path} is not JSON ({error}).") from error
-    if not isinstance(facts, dict) or not {"tasks", "scores", "regime", "model"} <= facts.keys():
-        raise AgclError(f"{path} is not a run's results: it lacks tasks, scores, regime or model.")
-    return facts
 
 
 def _matrix(rows: list[list[float | None]]) -> Tensor:

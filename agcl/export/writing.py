@@ -9,6 +9,7 @@ from peft import get_peft_config, get_peft_model
 
 from agcl.attribution.storage import index_of
 from agcl.errors import AgclError
+from agcl.files import partial_of, sync_folder, sync_tree
 from agcl.models import load_model, load_tokenizer, save_model
 
 from .card import model_card
@@ -34,7 +35,7 @@ def export_model(trained: Trained, output: Path, *, name: str | None = None, tru
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise AgclError(f"{output} exists; choose a folder that does not, or an empty one.")
     output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(f".{output.name}.partial")
+    partial = partial_of(output)
     shutil.rmtree(partial, ignore_errors=True)
     try:
         if trained.weights.is_dir():
@@ -46,9 +47,11 @@ def export_model(trained: Trained, output: Path, *, name: str | None = None, tru
         is_adapter = (partial / "adapter_config.json").exists()
         # PEFT has left a card of its own there.
         model_card(trained, name or output.name, is_adapter=is_adapter).save(partial / "README.md")
+        sync_tree(partial)
         if output.exists():
             output.rmdir()
         partial.replace(output)
+        sync_folder(output.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

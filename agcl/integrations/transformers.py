@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from agcl.attribution.computing import check_computable, check_options, compute_importance, parameter_names
+from agcl.attribution.computing import check_computable, check_options, compute_importance
 from agcl.attribution.estimators import LRP, Estimator
 from agcl.attribution.importance import ImportanceConfig
 from agcl.attribution.levels import Bits
+from agcl.attribution.naming import matching_parameters
 from agcl.errors import AgclError
 from agcl.gating import GradientGate, UpdateGate
 from agcl.integrations.pytorch import Importance, gate, importance_from
@@ -152,7 +153,7 @@ class TaskImportance(TrainerCallback):
         model = kwargs["model"]
         rows = training_rows(kwargs["train_dataloader"], self._seed)
         check_computable(model, rows, estimator=self._estimator, parameters=self._parameters)
-        self._estimator.begin_task(model, parameter_names(model, self._parameters))
+        self._estimator.begin_task(model, matching_parameters(model, self._parameters))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -1,25 +1,18 @@
 """The page: what it shows of a run, put into its template."""
 
-import os
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib import colormaps
 from matplotlib.colors import to_hex
 
+from agcl.files import write_whole
 from agcl.heatmaps import DARK_BELOW
 from agcl.reporting import sections
 from agcl.reporting.outcome import examples, task_outcomes
 from agcl.reporting.record import RunRecord, read_run
+from agcl.results import METRIC_MEANINGS
 from agcl.version import __version__
-
-_METRICS = {
-    "average_performance": "mean score of the tasks learned, at the end",
-    "backward_transfer": "mean change of a task's score since it was learned",
-    "forgetting": "mean fall of a task's score from its best",
-    "forward_transfer": "mean gain of a task's score before it is learned itself",
-    "learning_accuracy": "mean score of a task right after it was learned",
-}
 
 
 def write_report(run_dir: Path, path: Path, with_importance: bool = True) -> list[str]:
@@ -37,11 +30,7 @@ def write_report(run_dir: Path, path: Path, with_importance: bool = True) -> lis
         AgclError: If there is no run in the folder, or one of its files is damaged.
     """
     record = read_run(run_dir)
-    content = render(record, with_importance)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(content, encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, render(record, with_importance))
     return record.missing
 
 
@@ -59,7 +48,7 @@ def render(record: RunRecord, with_importance: bool = True) -> str:
     return environment.get_template("report.html").render(
         run=record,
         name=record.folder.resolve().parent.name + "/" + record.folder.resolve().name,
-        metrics=[(n.replace("_", " "), record.results["metrics"].get(n), text) for n, text in _METRICS.items()],
+        metrics=[(n.replace("_", " "), record.results["metrics"].get(n), text) for n, text in METRIC_MEANINGS.items()],
         matrices=sections.matrices(record),
         outcomes=task_outcomes(record),
         examples=examples(record),

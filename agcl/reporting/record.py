@@ -1,19 +1,16 @@
 """What a run's folder holds, read for a page; what is not there is named."""
 
-import json
 import math
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from agcl.attribution.artefact import ImportanceFile, open_importance
+from agcl.attribution.artefact import ImportanceFile, importance_files
 from agcl.errors import AgclError
 from agcl.reporting.losses import Curve, training_losses
-
-_TASK_FILE = re.compile(r"\d+_(?P<task>.+)\.safetensors(\.index\.json)?")
+from agcl.results import read_json, read_results
 
 
 @dataclass
@@ -48,7 +45,7 @@ class RunRecord:
     @property
     def is_joint(self) -> bool:
         """Whether all tasks were learned together."""
-        return self.results.get("regime") == "joint"
+        return self.results["regime"] == "joint"
 
     @property
     def num_learned(self) -> int:
@@ -60,7 +57,8 @@ class RunRecord:
     def gate(self) -> dict[str, Any] | None:
         """Arguments of the run's ``AttributionCallback``; None if it has none, or the configuration is not there."""
         callbacks = (self.config.get("trainer") or {}).get("callbacks") or []
-        for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
+        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        for callback in [*callbacks, *(self.config.get("extra_callbacks") or [])]:
             if str(callback.get("class_path", "")).endswith("AttributionCallback"):
                 return callback.get("init_args") or {}
         return None
@@ -75,10 +73,10 @@ def read_run(folder: Path) -> RunRecord:
     Raises:
         AgclError: If it is not a run's folder, or a file in it cannot be read.
     """
-    record = RunRecord(folder, _scores(folder))
+    record = RunRecord(folder, read_results(folder))
     answers, config = folder / "answers.json", folder / "config.yaml"
     if answers.exists():
-        record.answers = _parsed_json(answers)
+        record.answers = read_json(answers)
     else:
         record.missing.append(
             "Answers: there is no answers.json. ContinualReport writes it as the run goes on, unless num_answers is 0; "
@@ -103,31 +101,6 @@ def read_run(folder: Path) -> RunRecord:
     return record
 
 
-def _scores(folder: Path) -> dict[str, Any]:
-    path = folder / "scores.json"
-    if not folder.is_dir():
-        raise AgclError(f"{folder} is not a folder; name a run's folder, which holds scores.json.")
-    if not path.exists():
-        runs = sorted(found.parent for found in folder.glob("*/scores.json"))
-        hint = f"; did you mean {runs[-1]}?" if runs else "; it is written when the first task has been learned."
-        raise AgclError(f"There is no scores.json in {folder}{hint}")
-    results = _parsed_json(path)
-    for key in ("tasks", "scores", "metrics"):
-        if key not in results:
-            raise AgclError(f"{path} has no `{key}`: it is not what agcl writes.")
-    return results
-
-
-def _parsed_json(path: Path) -> dict[str, Any]:
-    try:
-        parsed = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise AgclError(f"{path} is not valid JSON ({error}).") from error
-    if not isinstance(parsed, dict):
-        raise AgclError(f"{path} holds no JSON object: it is not what agcl writes.")
-    return parsed
-
-
 def _parsed_yaml(path: Path, text: str) -> dict[str, Any]:
     try:
         parsed = yaml.safe_load(text)
@@ -138,12 +111,9 @@ def _parsed_yaml(path: Path, text: str) -> dict[str, Any]:
 
 def _importance_files(record: RunRecord) -> dict[str, ImportanceFile]:
     """Each task's own file, as it was when the task was learned; later estimates are left out."""
-    found: dict[str, Path] = {}
-    for path in sorted(record.folder.glob("importance/*.safetensors*")):
-        match = _TASK_FILE.fullmatch(path.name)
-        if match and match["task"] in record.tasks:
-            found[match["task"]] = path.with_name(path.name.removesuffix(".index.json"))
-    return {task: open_importance(found[task]) for task in record.tasks if task in found}
+    files = importance_files(record.folder / "importance")
+    found = {file.metadata.get("task"): file for file in files if "reestimated_after" not in file.metadata}
+    return {task: found[task] for task in record.tasks if task in found}
 
 
 def as_float(value: float | None) -> float:

@@ -114,6 +114,23 @@ def test_plasticity_is_what_the_importance_of_earlier_tasks_leaves(
     assert "there is no importance of task0" in " ".join(text_of(named).split())
 
 
+def test_earlier_runs_are_found_without_a_logger(llama_folder, task_files, tmp_path, importance_files, monkeypatch):
+    (tmp_path / "run").rename(tmp_path / "lightning_logs")
+    monkeypatch.chdir(tmp_path)
+    path = write_config(llama_folder, task_files, tmp_path, trainer__logger=None)
+    found = checked(path)
+    assert found.origin.endswith("lightning_logs/version_3")
+    assert found.tasks[2].earlier == ["task0", "task1"]
+
+
+def test_a_single_callback_and_extra_ones_are_looked_at(llama_folder, task_files, tmp_path):
+    gate = {"class_path": "agcl.AttributionCallback", "init_args": {"parameters": "nowhere"}}
+    path = write_config(llama_folder, task_files, tmp_path, trainer__callbacks=gate)
+    assert any("`parameters` 'nowhere' matches no trainable" in problem for problem in checked(path).problems)
+    path = write_config(llama_folder, task_files, tmp_path, trainer__callbacks=[], extra_callbacks=[gate])
+    assert any("`parameters` 'nowhere' matches no trainable" in problem for problem in checked(path).problems)
+
+
 def test_importance_of_another_model_is_a_problem(llama_folder, task_files, tmp_path):
     save_importance(tmp_path / "a.safetensors", {"nowhere": torch.zeros(2, dtype=torch.uint8)}, {"task": "task0"})
     path = write_config(llama_folder, task_files, tmp_path)

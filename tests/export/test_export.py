@@ -123,7 +123,7 @@ def test_what_cannot_be_exported_is_named(run, tmp_path):
     assert "end of task `task2`, not of `task0`" in message(last, "--task", "task0")
     assert "is not a checkpoint" in message(run.folder / "scores.json")
     assert "does not exist" in message(run.folder / "nothing")
-    assert "has no scores.json" in message(run.folder / "model")
+    assert "There is no scores.json in" in message(run.folder / "model")
     assert "no repository's name" in message(run.folder, "--push_to_hub", "a/b/c")
     assert "add `push_to_hub`" in message(run.folder, "--private")
 
@@ -131,7 +131,14 @@ def test_what_cannot_be_exported_is_named(run, tmp_path):
 def hand_made_run(folder, **facts):
     """A finished run of two tasks, without checkpoints."""
     scores = [[0.0, 0.0], [1.0, None], [0.5, 0.75]]
-    results = {"tasks": ["a", "b"], "scores": scores, "regime": "sequential", "model": "org/name", **facts}
+    results = {
+        "tasks": ["a", "b"],
+        "scores": scores,
+        "regime": "sequential",
+        "model": "org/name",
+        "metrics": {},
+        **facts,
+    }
     (folder / "model").mkdir(parents=True)
     (folder / "model" / "config.json").write_text("{}")
     (folder / "scores.json").write_text(json.dumps(results))
@@ -147,25 +154,40 @@ def test_without_a_checkpoint_of_the_task_the_remedy_is_named(tmp_path):
         find_trained(hand_made_run(tmp_path / "joint", regime="joint"), "a")
 
 
-def test_importance_is_of_the_tasks_learned_and_not_of_what_came_later(tmp_path):
+def test_importance_is_the_latest_of_each_task_learned(tmp_path):
     folder = hand_made_run(tmp_path / "run", tasks=["a", "b"])
     levels = {"weight": torch.zeros(4, 4, dtype=torch.uint8), "other": torch.ones(4, 4, dtype=torch.uint8)}
-    save_importance(folder / "importance" / "00_a.safetensors", levels, {"task": "a"}, max_shard_bytes=16)
-    save_importance(
-        folder / "importance" / "00_a_after_01.safetensors", levels, {"task": "a", "reestimated_after": "b"}
-    )
-    save_importance(folder / "importance" / "00_x.safetensors", levels, {"task": "x"})
-    assert [file.path.name for file in find_trained(folder).importance] == [
-        "00_a.safetensors",
-        "00_a_after_01.safetensors",
-    ]
+    own = folder / "importance"
+    save_importance(own / "00_a.safetensors", levels, {"task": "a"})
+    again = {"task": "a", "reestimated_after": "b"}
+    save_importance(own / "00_a_after_01.safetensors", levels, again, max_shard_bytes=16)
+    save_importance(own / "01_b.safetensors", levels, {"task": "b"}, max_shard_bytes=16)
+    save_importance(own / "01_b_after_02.safetensors", levels, {"task": "b", "reestimated_after": "x"})
+    save_importance(own / "00_x.safetensors", levels, {"task": "x"})
+    # The gate of whoever goes on takes the maximum: with the first estimate of `a` it would not be the run's.
+    names = ["00_a_after_01.safetensors", "01_b.safetensors"]
+    assert [file.path.name for file in find_trained(folder).importance] == names
     main(["export", str(folder), "--output", str(tmp_path / "out")])
     copied = {path.name for path in (tmp_path / "out" / "importance").iterdir()}
-    assert copied == {path.name for path in (folder / "importance").iterdir()} - {"00_x.safetensors"}
+    assert copied == {path.name for name in names for path in own.glob(f"{name.removesuffix('.safetensors')}[-.]*")}
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert card.data.base_model == "org/name"
     with pytest.raises(SystemExit, match="choose a folder that does not"):
         main(["export", str(folder), "--output", str(tmp_path / "out")])
+
+
+def test_the_card_tells_no_path(tmp_path):
+    folder = hand_made_run(tmp_path / "run", model=str(tmp_path / "private" / "tiny"))
+    main(["export", str(folder), "--output", str(tmp_path / "out")])
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "from `tiny`" in card
+    assert "private" not in card
+
+
+def test_a_damaged_checkpoint_is_passed_over(run, tmp_path):
+    (run.folder / "cut.ckpt").write_bytes((run.folder / "checkpoints" / "epoch=1.ckpt").read_bytes()[:5000])
+    assert find_trained(run.folder, "task0").weights.name == "epoch=1.ckpt"
+    (run.folder / "cut.ckpt").unlink()
 
 
 def test_the_hub_librarys_own_functions_upload(tmp_path, monkeypatch, capsys):
