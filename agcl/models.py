@@ -232,6 +232,9 @@ def save_model(model: Any, folder: str | Path, is_writer: bool = True) -> None:
 
         whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         if is_writer:
+            first: dict[int, str] = {}
+            for name, parameter in model.named_parameters(remove_duplicate=False):
+                whole[name] = whole[first.setdefault(id(parameter), name)]  # tied weights are one tensor again
             model.save_pretrained(str(folder), state_dict=whole)
         return
     if not is_writer:
