@@ -7,7 +7,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
 from agcl.errors import AgclError
-from agcl.files import is_whole_zip, replacing
+from agcl.files import is_whole_zip, replacing, sync_folder
 
 SUFFIX = ".ckpt"
 _SHARDED = "meta.pt"
@@ -71,7 +71,7 @@ def look_into(path: Path) -> dict[str, Any]:
     """
     if not path.exists():
         raise AgclError(f"The checkpoint {path} does not exist.")
-    file = path / _SHARDED if path.is_dir() else path
+    file = _described_in(path)
     if not is_whole_zip(file):
         raise AgclError(f"{path} is not a checkpoint, or not a whole one: take an earlier one.")
     try:
@@ -82,6 +82,16 @@ def look_into(path: Path) -> dict[str, Any]:
     return content
 
 
+def begin_writing_over(path: Path) -> None:
+    """Let a folder of shards no longer count as a whole one; another checkpoint is replaced at once, when it is ready.
+
+    For one process to call; the others begin to write when it has.
+    """
+    if path.is_dir():
+        (path / _SHARDED).unlink(missing_ok=True)
+        sync_folder(path)
+
+
 def newest(folders: list[Path]) -> list[Path]:
     """The checkpoints that lie in these folders, the last written first."""
     found = {path.resolve(): path for folder in folders for path in folder.glob(f"*{SUFFIX}") if path.exists()}
@@ -90,7 +100,11 @@ def newest(folders: list[Path]) -> list[Path]:
 
 def last_whole(folders: list[Path]) -> Path | None:
     """The last written of the checkpoints in these folders that is whole."""
-    return next((path for path in newest(folders) if path.is_dir() or is_whole_zip(path)), None)
+    return next((path for path in newest(folders) if is_whole_zip(_described_in(path))), None)
+
+
+def _described_in(path: Path) -> Path:
+    return path / _SHARDED if path.is_dir() else path
 
 
 def _check_ours(path: str | Path, content: Any) -> None:

@@ -14,6 +14,7 @@ from jsonargparse import ArgumentError
 from agcl import commands
 from agcl.configurations import resolve_arguments
 from agcl.errors import user_error
+from agcl.files import DISK_FULL, MAKE_ROOM
 from agcl.trust import denied_import, restrict_imports
 
 DEBUG = "--debug"
@@ -25,11 +26,9 @@ _NOISE = re.compile(
     r"Does not validate against any|Subtypes: |Errors:$|Given value|Subclass types expect one of|- a (class path|dict) "
     r"|- Not a valid subclass of|- Expected a <class 'NoneType'>$"
 )
-_SPACE = "free some there, then go on from the last checkpoint; what was saved before is whole"
 _PERMISSION = "choose a folder that you may write to"
 _REMEDIES = {
-    errno.ENOSPC: _SPACE,
-    errno.EDQUOT: _SPACE,
+    **dict.fromkeys(DISK_FULL, f"{MAKE_ROOM}; what was saved before is whole"),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST), _PERMISSION),
 }
 

@@ -1,5 +1,6 @@
 """Files that a crash leaves whole: the old content or the new one, never a part of either."""
 
+import errno
 import os
 import zipfile
 import zlib
@@ -7,6 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Error numbers of a file that there is no room for, or no leave to make so large."""
+MAKE_ROOM = "make room there"
 
 
 def partial_of(path: Path) -> Path:

@@ -1,6 +1,5 @@
 """``agcl fit --config ...``: LightningCLI with the continual loop's settings filled in."""
 
-import errno
 import json
 import sys
 from collections.abc import Sequence
@@ -17,16 +16,14 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.utilities import rank_zero_info
 
 from agcl.callbacks import ContinualMonitor, ContinualReport, StopOnSignal, TaskProgressBar
-from agcl.callbacks.stopping import stop_path
 from agcl.checkpoints import AtomicCheckpointIO, last_whole, look_into
 from agcl.data.datamodule import ContinualDataModule
 from agcl.data.sequence import Regime
 from agcl.errors import AgclError
+from agcl.files import DISK_FULL, MAKE_ROOM
 from agcl.module import ContinualLM
 from agcl.resuming import RECORD, RunRecord, configuration, resume_auto
 from agcl.trust import check_remote_code, check_sharded_checkpoint
-
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class AgclCLI(LightningCLI):
@@ -78,7 +75,7 @@ class AgclCLI(LightningCLI):
         if trainer.precision is None and record.get("precision"):
             trainer.precision = record["precision"]  # timing might choose another one this time
         elif trainer.precision is None:
-            trainer.precision = choose_precision(trainer.accelerator)
+            trainer.precision = choose_precision(trainer.accelerator, _is_alone(trainer))
             rank_zero_info(
                 f"Precision: {trainer.precision}, the faster one on this machine (set trainer.precision to change it)."
             )
@@ -131,7 +128,7 @@ class AgclCLI(LightningCLI):
                     raise SystemExit(callback.exit_status) from None
             raise
         except OSError as error:
-            if error.errno not in _DISK_FULL:
+            if error.errno not in DISK_FULL:
                 raise
             raise AgclError(_disk_full(self.trainer, error)) from error
 
@@ -153,10 +150,12 @@ def all_callbacks(config: Any) -> list[Any]:
 
 
 def _disk_full(trainer: Trainer, error: OSError) -> str:
-    last = last_whole([stop_path(trainer).parent])
+    # Not asked of the Trainer now: it would wait for the other processes, which know nothing of this.
+    known = [c.path.parent for c in trainer.callbacks if isinstance(c, StopOnSignal) and c.path]  # type: ignore[attr-defined]
+    last = last_whole(known)
     found = "There is no checkpoint yet" if last is None else f"The last good checkpoint is {last}"
     where = "" if error.filename is None else f": {error.filename}"
-    return f"{error.strerror}{where}. {found}. Make room, then go on with `--resume auto`."
+    return f"{error.strerror}{where}. {found}. {MAKE_ROOM.capitalize()}, then go on with `--resume auto`."
 
 
 def _total_epochs(tasks: Sequence[Any], regime: Regime) -> int:
@@ -165,17 +164,28 @@ def _total_epochs(tasks: Sequence[Any], regime: Regime) -> int:
     return max(epochs) if regime == "joint" else sum(epochs)
 
 
-def choose_precision(accelerator: str = "auto") -> str:
+def choose_precision(accelerator: str = "auto", is_alone: bool = True) -> str:
     """``bf16-mixed`` where the hardware multiplies bfloat16 matrices faster, else ``32-true``.
 
     A CPU is timed, for some milliseconds: what its instruction set promises (AVX512-BF16) can be slower than float32,
     and without such instructions bfloat16 is emulated.
+
+    Args:
+        accelerator: The Trainer's.
+        is_alone: Whether one process trains. Several would each time their CPU, and might not choose the same.
     """
     if accelerator != "cpu" and torch.cuda.is_available():
         return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
+    if not is_alone:
+        return "32-true"
     # Mixed precision casts the weights at each step: only clearly faster products pay for that.
     is_faster = _product_seconds(torch.bfloat16) < 0.8 * _product_seconds(torch.float32)
     return "bf16-mixed" if is_faster else "32-true"
+
+
+def _is_alone(trainer: Namespace) -> bool:
+    """Whether the Trainer's options ask for one process; on a CPU `devices: auto` does."""
+    return trainer.num_nodes == 1 and str(trainer.devices) in ("auto", "1")
 
 
 def _product_seconds(dtype: torch.dtype) -> float:

@@ -17,6 +17,8 @@ from torch.nn import ModuleList
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from agcl.errors import AgclError
+from agcl.files import sync_folder, sync_tree
+from agcl.shards import has_shards
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +76,9 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
     try:
         load_model(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32).save_pretrained(partial)
         load_tokenizer(str(gguf.parent), gguf_file=gguf.name).save_pretrained(partial)
+        sync_tree(partial)
         os.replace(partial, folder)
+        sync_folder(folder.parent)
     except OSError:
         if not folder.is_dir():  # another process may have finished the same conversion first
             raise
@@ -182,10 +186,16 @@ def shard_model(model: Any, device_mesh: Any) -> None:
         device_mesh: Of Lightning's ModelParallelStrategy, with dimensions ``data_parallel`` and ``tensor_parallel``.
 
     Raises:
-        AgclError: If tensors themselves are to be computed in parallel.
+        AgclError: If tensors themselves are to be computed in parallel, or the adapter could not be saved afterwards.
     """
     from torch.distributed.fsdp import fully_shard
 
+    if isinstance(model, PeftModel) and (model.peft_type == PeftType.OSF or len(model.active_adapters) > 1):
+        what = "OSF's factors" if model.peft_type == PeftType.OSF else "Several adapters"
+        raise AgclError(
+            f"{what} are merged when the model is saved, which weights that are split over processes "
+            "(ModelParallelStrategy) do not allow; take `strategy: ddp`."
+        )
     if device_mesh["tensor_parallel"].size() > 1:
         raise AgclError(
             f"`tensor_parallel_size` of ModelParallelStrategy is {device_mesh['tensor_parallel'].size()}; agcl splits "
@@ -203,17 +213,32 @@ def shard_model(model: Any, device_mesh: Any) -> None:
     fully_shard(inner, mesh=device_mesh["data_parallel"], reshard_after_forward=True)
 
 
-def save_model(model: Any, folder: str | Path) -> None:
+def save_model(model: Any, folder: str | Path, is_writer: bool = True) -> None:
     """Write a model, or the adapter of a PEFT model, so that ``from_pretrained`` gives it back.
 
     Several active LoRA adapters are written as one, whose rank is the sum of theirs and which computes their sum: PEFT
     would write each into a folder of its own and activate one alone on loading. It draws from the default generator.
     OSF's factors are merged and the whole model is written: they belong to weights that change between tasks.
 
+    Weights that are split over processes are gathered in the writer's host memory, whole; all processes call this.
+
     Args:
         model: A transformers model, or a PEFT model around one. Left as it is.
         folder: Made if missing.
+        is_writer: Whether this process writes. Of a run over several processes it is the first one alone.
     """
+    if has_shards(model):
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+        whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        if is_writer:
+            first: dict[int, str] = {}
+            for name, parameter in model.named_parameters(remove_duplicate=False):
+                whole[name] = whole[first.setdefault(id(parameter), name)]  # tied weights are one tensor again
+            model.save_pretrained(str(folder), state_dict=whole)
+        return
+    if not is_writer:
+        return
     if isinstance(model, PeftModel) and model.peft_type == PeftType.OSF:
         model = deepcopy(model).merge_and_unload()  # OSF cannot undo merging
     if isinstance(model, PeftModel) and len(model.active_adapters) > 1:

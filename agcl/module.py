@@ -28,6 +28,7 @@ from agcl.metrics import (
     ScoreMatrix,
 )
 from agcl.models import load_model, load_tokenizer, save_model, shard_model
+from agcl.ranks import Ranks
 from agcl.schedules import WarmupDecay
 from agcl.scoring import TaskScorer, answer_logits, token_nll
 
@@ -52,6 +53,8 @@ class ContinualLM(LightningModule):
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
         attn_implementation: As in transformers; attribution needs ``sdpa`` or ``eager``.
         trust_remote_code: Run model code that comes with the checkpoint. Off unless you trust its author.
+        compiled: Train through a forward pass that ``torch.compile`` has made of the model's, over the same weights.
+            Scoring, attribution and saving use the model as it is.
     """
 
     def __init__(
@@ -64,6 +67,7 @@ class ContinualLM(LightningModule):
         gradient_checkpointing: bool = False,
         attn_implementation: str | None = "sdpa",
         trust_remote_code: bool = False,
+        compiled: bool = False,
     ) -> None:
         super().__init__()
         # `ContinualMonitor` logs the hyper-parameters of the whole run: a table of TensorBoard takes them once.
@@ -76,7 +80,9 @@ class ContinualLM(LightningModule):
         self.gradient_checkpointing = gradient_checkpointing
         self.attn_implementation = attn_implementation
         self.trust_remote_code = trust_remote_code
+        self.compiled = compiled
         self.model: Any = None
+        self._run: Callable[..., Any] | None = None  # the compiled forward pass
         # In plain containers, thus not submodules: they are saved with the run's state, not with the weights.
         self.score_matrices: dict[str, ScoreMatrix] = {}
         self.loss_terms: dict[str, LossTerm] = {}
@@ -92,7 +98,7 @@ class ContinualLM(LightningModule):
         self._scorers: list[TaskScorer] = []
         self._task_begun: int | None = None
         self._scored_late: int | None = None
-        self._random_state: dict[str, Any] | None = None
+        self._random_states: list[dict[str, Tensor]] = []  # by rank
         self._fresh_states: tuple[dict[str, Any], dict[str, Any]] | None = None
 
     # ------------------------------------------------------------------ set-up
@@ -112,6 +118,11 @@ class ContinualLM(LightningModule):
         """Load the language model; Lightning calls this after the data has been checked."""
         if self.model is not None:
             return
+        if self.compiled and self.device_mesh is not None:
+            raise AgclError(
+                "`compiled` is not tried with weights that are split over processes (ModelParallelStrategy): leave it "
+                "out, or take `strategy: ddp`."
+            )
         self.tokenizer = load_tokenizer(
             self.model_name_or_path, gguf_file=self.gguf_file, trust_remote_code=self.trust_remote_code
         )
@@ -137,6 +148,9 @@ class ContinualLM(LightningModule):
             change()
         if self.device_mesh is not None:
             shard_model(self.model, self.device_mesh)
+        if self.compiled:
+            # Of the weights that are there at each call: not a module, so that names and checkpoints stay.
+            self._run = torch.compile(lambda **inputs: model(**inputs), dynamic=True)
 
     def configure_optimizers(self) -> Any:
         """Optimizer and scheduler, stepped together; their fresh states are kept for the tasks to come."""
@@ -171,11 +185,7 @@ class ContinualLM(LightningModule):
 
     def on_train_start(self) -> None:
         """On resuming: go on with the random numbers (dropout), and make up for scoring that did not take place."""
-        if self._random_state is not None:
-            torch.set_rng_state(self._random_state["cpu"].cpu())
-            if len(self._random_state["cuda"]) == torch.cuda.device_count():
-                torch.cuda.set_rng_state_all([state.cpu() for state in self._random_state["cuda"]])
-            self._random_state = None
+        self._restore_random_numbers()
         completed = self.tasks.num_completed(self.trainer.current_epoch)
         if completed and self.score_matrices[SCORE].compute()[completed].isnan().all():
             # From a checkpoint of an epoch's last batch, Lightning goes on with the next epoch without validating.
@@ -232,7 +242,7 @@ class ContinualLM(LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Mean negative log-likelihood of the batch's answer tokens, in nats, and the methods' ``loss_terms``."""
-        logits, targets = answer_logits(self.model, batch)
+        logits, targets = answer_logits(self.model, batch, self._run)
         loss = token_nll(logits, targets).sum() / (targets != IGNORED_LABEL).sum()
         task = self.tasks.name_at(self.trainer.current_epoch)
         if not loss.isfinite():  # before the weights, and with them the next checkpoint, are spoiled
@@ -322,10 +332,10 @@ class ContinualLM(LightningModule):
     # ------------------------------------------------------------- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the score matrices, the random-number state, and what identifies model and tasks."""
+        """Keep the score matrices, each process's random-number state, and what identifies model and tasks."""
         checkpoint["agcl"] = {
             "scores": {name: matrix.compute().cpu() for name, matrix in self.score_matrices.items()},
-            "random": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
+            "random": Ranks.of_this_run().collected(self._random_numbers()),  # on all ranks
             "shapes": self._shapes(),
             "tasks": self._task_epochs(),
             "regime": self.tasks.regime,
@@ -370,8 +380,22 @@ class ContinualLM(LightningModule):
                 self._enter(name, num_learned, task_index, scores[num_learned, task_index])
         self._task_begun = saved["task_begun"]
         self.answers = AnswerRecord.from_dict(saved.get("answers", {}))
-        self._random_state = saved["random"]
+        self._random_states = saved["random"]
         self.trainer.num_sanity_val_steps = 0  # the scores before any training are among those restored
+
+    def _random_numbers(self) -> dict[str, Tensor]:
+        """The state of this process's generators."""
+        on_device = {"cuda": torch.cuda.get_rng_state(self.device)} if self.device.type == "cuda" else {}
+        return {"cpu": torch.get_rng_state(), **on_device}
+
+    def _restore_random_numbers(self) -> None:
+        """Go on with those of this process; on another number of processes there is nothing to go on with."""
+        states, self._random_states = self._random_states, []
+        ranks = Ranks.of_this_run()
+        if len(states) == ranks.size:
+            torch.set_rng_state(states[ranks.rank]["cpu"].cpu())
+            if self.device.type == "cuda" and "cuda" in states[ranks.rank]:
+                torch.cuda.set_rng_state(states[ranks.rank]["cuda"].cpu(), self.device)
 
     def _task_epochs(self) -> list[list[Any]]:
         return [[task.name, task.epochs] for task in self.tasks]
@@ -379,10 +403,16 @@ class ContinualLM(LightningModule):
     def _shapes(self) -> dict[str, list[int]]:
         return {name: list(parameter.shape) for name, parameter in self.named_parameters()}
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write the language model (or its adapters, as one) and tokenizer in Hugging Face format."""
-        save_model(self.model, folder)
-        self.tokenizer.save_pretrained(folder)
+    def save_pretrained(self, folder: str | Path, is_writer: bool = True) -> None:
+        """Write the language model (or its adapters, as one) and tokenizer in Hugging Face format.
+
+        Args:
+            folder: Made if missing.
+            is_writer: Whether this process writes; where weights are split over processes, all call this, one writes.
+        """
+        save_model(self.model, folder, is_writer)
+        if is_writer:
+            self.tokenizer.save_pretrained(folder)
 
 
 def matrix_name(kind: str, probe: str | None) -> str:

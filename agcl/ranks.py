@@ -10,6 +10,7 @@ import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, distributed
@@ -124,6 +125,14 @@ class Ranks:
         found = [torch.empty_like(own) for _ in range(self.size)]
         distributed.all_gather(found, own)
         return [flags.bool().tolist() for flags in found]
+
+    def collected(self, mine: Any) -> list[Any]:
+        """Each process's object, which can be pickled, by rank."""
+        if self.size == 1:
+            return [mine]
+        found: list[Any] = [None] * self.size
+        distributed.all_gather_object(found, mine)
+        return found
 
     def _reduced(self, value: Tensor, operation: distributed.ReduceOp.RedOpType) -> Tensor:
         if self.size > 1:

@@ -69,9 +69,12 @@ def configuration(parser: ArgumentParser, config: Namespace) -> Config:
     content = yaml.safe_load(parser.dump(config, skip_unset=False))[config.subcommand]
     content = {key: value for key, value in content.items() if key not in _INCIDENTAL}
     trainer = {key: value for key, value in content["trainer"].items() if key not in _INCIDENTAL_TO_TRAINER}
-    callbacks = _as_list(trainer.get("callbacks"))
-    trainer["callbacks"] = [c for c in callbacks if not c["class_path"].endswith(_INCIDENTAL_CALLBACKS)]
-    return {**content, "trainer": trainer}
+    trainer["callbacks"] = _essential(trainer.get("callbacks"))
+    return {**content, "trainer": trainer, "extra_callbacks": _essential(content.get("extra_callbacks"))}
+
+
+def _essential(callbacks: Any) -> list[Any]:
+    return [c for c in _as_list(callbacks) if not c["class_path"].endswith(_INCIDENTAL_CALLBACKS)]
 
 
 def resume_auto(config: Namespace, wanted: Config) -> tuple[Config, bool]:
@@ -89,7 +92,7 @@ def resume_auto(config: Namespace, wanted: Config) -> tuple[Config, bool]:
         since no checkpoint of another configuration was found.
     """
     root, folders = run_folders(config.trainer)
-    dirpaths = [Path(path) for path in _dirpaths(config.trainer)]
+    dirpaths = [Path(path) for path in _dirpaths([*_as_list(config.trainer.callbacks), *config.extra_callbacks])]
     candidates = newest([*(folder / "checkpoints" for folder in folders), *dirpaths])
     others = 0
     for path in candidates:
@@ -160,9 +163,9 @@ def run_folders(trainer: Namespace) -> tuple[Path, list[Path]]:
     return root, [folder for folder in root.glob("*") if folder.is_dir()]
 
 
-def _dirpaths(trainer: Namespace) -> list[str]:
+def _dirpaths(callbacks: list[Any]) -> list[str]:
     """Folders that checkpoint callbacks were given."""
-    options = [callback.get("init_args") or {} for callback in _as_list(trainer.callbacks)]
+    options = [callback.get("init_args") or {} for callback in callbacks]
     return [option["dirpath"] for option in options if option.get("dirpath")]
 
 

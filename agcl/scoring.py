@@ -31,7 +31,9 @@ ANSWER_SCORES: dict[str, Callable[[str, str], float]] = {
 }
 
 
-def answer_logits(model: PreTrainedModel, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+def answer_logits(
+    model: PreTrainedModel, batch: Mapping[str, Any], run: Callable[..., Any] | None = None
+) -> tuple[Tensor, Tensor]:
     """Logits that predict the answer tokens of left-padded rows.
 
     The vocabulary projection, most of a small model's memory, is computed only on the trailing positions that hold some
@@ -40,6 +42,7 @@ def answer_logits(model: PreTrainedModel, batch: Mapping[str, Any]) -> tuple[Ten
     Args:
         model: A causal language model, or a PEFT model around one.
         batch: ``input_ids``, ``attention_mask`` and ``labels`` (int64, shape ``(batch, length)``), padded on the left.
+        run: What is called in the model's place: its compiled forward pass.
 
     Returns:
         Logits of shape ``(batch, answer_length, vocabulary)`` and targets of shape ``(batch, answer_length)``, -100
@@ -55,7 +58,7 @@ def answer_logits(model: PreTrainedModel, batch: Mapping[str, Any]) -> tuple[Ten
         inputs["position_ids"] = (batch["attention_mask"].cumsum(dim=-1) - 1).clamp(min=0)
     if "logits_to_keep" in accepted:
         inputs["logits_to_keep"] = answer_length + 1
-    logits = model(**inputs).logits[:, -answer_length - 1 : -1]
+    logits = (run or model)(**inputs).logits[:, -answer_length - 1 : -1]
     return logits, labels[:, -answer_length:]
 
 

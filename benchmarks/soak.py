@@ -1,5 +1,7 @@
 """Fifteen tasks on a small random model: does a long run grow? Ratios of the last tasks to the second.
 
+The callbacks are those of `agcl fit`: report with figures, monitor with TensorBoard's logger, checkpoints, signals.
+
 OMP_NUM_THREADS=1 python benchmarks/soak.py [--tasks 15] [--epochs 4]
 
 Every row counts as answered correctly, so that every task is attributed: the machinery is watched, not learning.
@@ -20,11 +22,15 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from agcl import AttributionCallback, ContinualDataModule, ContinualLM, Task
 from agcl.attribution import relevance
+from agcl.callbacks import ContinualMonitor, ContinualReport, StopOnSignal
+from agcl.checkpoints import AtomicCheckpointIO
 
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789 ?"
 
@@ -140,11 +146,18 @@ def soak(num_tasks, epochs):
             **data.trainer_arguments(),
             accelerator="cpu",
             default_root_dir=folder,
-            logger=False,
+            logger=TensorBoardLogger(folder),
+            plugins=[AtomicCheckpointIO()],
             enable_progress_bar=False,
             enable_model_summary=False,
-            enable_checkpointing=False,
-            callbacks=[AttributionCallback(num_samples=8), watch],
+            callbacks=[
+                AttributionCallback(num_samples=8),
+                ContinualMonitor(),
+                ContinualReport(),
+                StopOnSignal(),
+                ModelCheckpoint(),
+                watch,
+            ],
         )
         trainer.fit(model, datamodule=data)
     return watch

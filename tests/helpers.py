@@ -12,6 +12,7 @@ from agcl.callbacks import AttributionCallback
 from agcl.data.datamodule import ContinualDataModule
 from agcl.data.tasks import Task
 from agcl.module import ContinualLM
+from agcl.shards import gathered
 
 EPOCHS = 3
 
@@ -33,6 +34,18 @@ class CrashAt(Callback):
     def on_validation_start(self, trainer, pl_module):
         if trainer.global_step == self.step and trainer.current_epoch == trainer.max_epochs - 1:
             raise CrashError
+
+
+class SaveWhole(Callback):
+    """Writes the weights at the end, those that are split over processes gathered."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def on_train_end(self, trainer, pl_module):
+        whole = {name: gathered(parameter) for name, parameter in pl_module.model.named_parameters()}
+        if trainer.is_global_zero:
+            torch.save(whole, self.path)
 
 
 def tasks(files, epochs=EPOCHS, **options):

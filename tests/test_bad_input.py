@@ -78,15 +78,18 @@ class Place:
         content = (self.folder / name).read_bytes()
         return self.file(f"cut-{Path(name).name}", content[: 2 * len(content) // 3])
 
-    def fit(self, **overrides: Any) -> None:
+    def configuration(self, **overrides: Any) -> str:
+        """A file beside the run's folder."""
         basic = {
             "trainer__logger": False,
             "trainer__default_root_dir": str(self.folder),
             "trainer__enable_progress_bar": False,
             **{f"data__tasks__{index}__epochs": 1 for index in range(2)},
         }
-        path = write_config(self.llama, self.files, self.folder.parent, **{**basic, **overrides})
-        main(["fit", "--config", str(path)])
+        return str(write_config(self.llama, self.files, self.folder.parent, **{**basic, **overrides}))
+
+    def fit(self, **overrides: Any) -> None:
+        main(["fit", "--config", self.configuration(**overrides)])
 
 
 @pytest.fixture
@@ -443,6 +446,24 @@ COMMANDS: dict[str, tuple[Callable[[Place], list[str]], str]] = {
         r"`top_share` is 2; choose a share above 0, at most 1",
     ),
     "no comparison": (words("compare --config /no.yaml"), r"The file /no\.yaml does not exist"),
+    "nothing to plan": (words("plan --config /no.yaml"), r"`config`: File does not exist: '/no\.yaml'"),
+    "plan of a model that is not there": (
+        lambda place: ["plan", "--config", place.configuration(model__model_name_or_path="/nowhere")],
+        r"could be loaded from `/nowhere`: give a hub name",
+    ),
+    "nothing to check": (words("check --config /no.yaml"), r"`config`: File does not exist: '/no\.yaml'"),
+    "no tasks to begin with": (words("init /no"), r"/no is no folder: name the one that holds"),
+    "configuration that exists": (
+        lambda place: ["init", place.path("importance"), "--output", place.file("mine.yaml", "x: 1")],
+        r"mine\.yaml exists; move it away, or choose another name with --output",
+    ),
+    "nothing to export": (words("export /no --output new"), r"/no does not exist; name the folder of a run"),
+    "export of what is no run": (
+        lambda place: ["export", place.path(""), "--output", place.path("new")],
+        r"scores\.json is not a run's results: it lacks tasks",
+    ),
+    "nothing to report": (words("report /no"), r"/no is not a folder; name a run's folder"),
+    "report of what is no run": (lambda place: ["report", place.path("")], r"scores\.json has no `tasks`"),
     "unknown model to check": (words("check-model /no"), r"No model could be loaded from `/no`: give a hub name"),
 }
 

@@ -14,6 +14,7 @@ from jsonargparse import Namespace
 
 from agcl import resuming
 from agcl.attribution import load_importance, save_importance
+from agcl.callbacks import StopOnSignal
 from agcl.callbacks.importance_so_far import ImportanceSoFar
 from agcl.checkpoints import AtomicCheckpointIO, last_whole, look_into
 from agcl.errors import AgclError
@@ -148,6 +149,29 @@ def test_broken_and_foreign_checkpoints_are_refused_by_name(tmp_path):
     assert last_whole([tmp_path]) == tmp_path / "good.ckpt"
 
 
+def test_a_folder_of_shards_does_not_count_while_it_is_written_over(tmp_path):
+    folder = tmp_path / "interrupted.ckpt"
+    folder.mkdir()
+    torch.save(checkpoint(), folder / "meta.pt")
+    (folder / "shard").write_bytes(b"old")
+    assert last_whole([tmp_path]) == folder
+    found = []
+    trainer = SimpleNamespace(
+        world_size=1,
+        global_step=1,
+        is_global_zero=True,
+        strategy=SimpleNamespace(barrier=lambda: found.append("barrier")),
+        save_checkpoint=lambda path: found.append(last_whole([tmp_path])),
+    )
+    stopping = StopOnSignal()
+    stopping.received, stopping.path = signal.SIGTERM, folder
+    with pytest.raises(SystemExit):
+        stopping.on_train_batch_end(trainer, None, None, None, 0)
+    assert found == ["barrier", None]
+    with pytest.raises(AgclError, match="is not a checkpoint, or not a whole one"):
+        look_into(folder)
+
+
 class Unsafe:
     def __reduce__(self):
         return (print, ("run",))
@@ -171,7 +195,8 @@ def fit_config(save_dir, logger=True, **options):
         Namespace(class_path="lightning.pytorch.loggers.TensorBoardLogger", init_args=init_args) if logger else None
     )
     trainer = {"default_root_dir": str(save_dir), "logger": logger, "callbacks": None, **options}
-    return Namespace(ckpt_path=None, trainer=Namespace(**trainer))
+    extra = trainer.pop("extra_callbacks", [])
+    return Namespace(ckpt_path=None, trainer=Namespace(**trainer), extra_callbacks=extra)
 
 
 def save_at(path, time, wanted=WANTED, folder=None):
@@ -227,10 +252,11 @@ def test_without_a_good_checkpoint_the_run_starts_afresh_and_says_so(tmp_path, s
 def test_checkpoints_are_found_where_logger_and_callbacks_put_them(tmp_path, said):
     elsewhere = save_at(tmp_path / "elsewhere" / "a.ckpt", 5, folder=tmp_path / "run" / "version_7")
     saving = Namespace(class_path="ModelCheckpoint", init_args=Namespace(dirpath=str(elsewhere.parent)))
-    config = fit_config(tmp_path, callbacks=[saving])
-    resume_auto(config, WANTED)
-    assert config.ckpt_path == str(elsewhere)
-    assert config.trainer.logger.init_args.version == "version_7"
+    for callbacks in ({"callbacks": [saving]}, {"callbacks": saving}, {"extra_callbacks": [saving]}):
+        config = fit_config(tmp_path, **callbacks)
+        resume_auto(config, WANTED)
+        assert config.ckpt_path == str(elsewhere)
+        assert config.trainer.logger.init_args.version == "version_7"
 
     default = save_at(tmp_path / "lightning_logs" / "version_2" / "checkpoints" / "a.ckpt", 6)
     config = fit_config(tmp_path, logger=False)
@@ -266,4 +292,32 @@ def test_importance_is_brought_along_whole_and_shard_by_shard(tmp_path, max_shar
     assert all(torch.equal(levels[name], found[name]) for name in levels)
     copy.write_bytes(b"damaged")
     with pytest.raises(AgclError, match=rf"of task `a` is lost: {copy} is truncated or no importance file"):
+        so_far.bring_along(trainer, torch.nn.Linear(1, 1))
+
+
+def test_a_whole_file_of_another_run_is_not_taken_for_this_ones(tmp_path):
+    def importance(run, fingerprint):
+        path = tmp_path / run / "importance" / "00_a.safetensors"
+        metadata = {"task": "a", "fingerprint": fingerprint}
+        save_importance(path, {"w": torch.full((8,), len(fingerprint), dtype=torch.uint8)}, metadata)
+        return path, metadata
+
+    ours, metadata = importance("old", "ours")
+    copy, _ = importance("new", "another's")
+    so_far = ImportanceSoFar("maximum", 8, "host", needs_files=True)
+    state = {**so_far.state_dict(), "files": {"a": str(ours)}, "said": {"a": metadata}}
+    strategy = SimpleNamespace(barrier=lambda: None)
+    trainer = SimpleNamespace(log_dir=str(tmp_path / "new"), loggers=[], is_global_zero=True, strategy=strategy)
+    so_far.load_state_dict(state)
+    so_far.bring_along(trainer, torch.nn.Linear(1, 1))
+    assert so_far.files == {"a": str(copy)}
+    assert load_importance(copy)[0]["w"].tolist() == 8 * [4]
+
+    importance("new", "another's")
+    ours.unlink()
+    so_far.load_state_dict(state)
+    with pytest.raises(AgclError, match=rf"of task `a` is lost: There is no importance file {ours}"):
+        so_far.bring_along(trainer, torch.nn.Linear(1, 1))
+    so_far.load_state_dict({**state, "files": {"a": str(copy)}})
+    with pytest.raises(AgclError, match=rf"is lost: {copy} is not the file that this run wrote"):
         so_far.bring_along(trainer, torch.nn.Linear(1, 1))

@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from helpers import write_config
+from jsonargparse import Namespace
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from agcl import lightning_cli
@@ -158,6 +159,15 @@ def test_precision_is_the_clearly_faster_one(monkeypatch, bfloat16_seconds, expe
     seconds = {torch.float32: 1.0, torch.bfloat16: bfloat16_seconds}
     monkeypatch.setattr(lightning_cli, "_product_seconds", seconds.__getitem__)
     assert lightning_cli.choose_precision("cpu") == expected
+    assert lightning_cli.choose_precision("cpu", is_alone=False) == "32-true"  # other processes may find other times
+
+
+@pytest.mark.parametrize(
+    ("num_nodes", "devices", "is_alone"),
+    [(1, "auto", True), (1, 1, True), (1, "2", False), (1, 2, False), (2, 1, False), (1, [0, 1], False)],
+)
+def test_several_processes_do_not_time_their_precision(num_nodes, devices, is_alone):
+    assert lightning_cli._is_alone(Namespace(num_nodes=num_nodes, devices=devices)) == is_alone
 
 
 def test_products_are_timed():

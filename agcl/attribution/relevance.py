@@ -79,7 +79,8 @@ def attribute_batch(
 
     Raises:
         AgclError: For malformed samples, targets outside the vocabulary, unknown rules or parameters.
-        UnsupportedModelError: As raised by :func:`lrp_rules`; also for sharded (DTensor) parameters.
+        UnsupportedModelError: As raised by :func:`lrp_rules`; also for parameters that are split over processes
+            (DTensor) in another way than FSDP2 does by rows.
     """
     check_choice("rule", rule, GradientRule)
     if not samples:

@@ -156,7 +156,7 @@ class AttributionCallback(Callback):
         with trainer.precision_plugin.forward_context():
             self.check_model(pl_module.model, next(self._gatherer.samples(trainer, pl_module, 0)))
         if has_shards(pl_module.model):
-            self._check_shards()
+            self._check_gate_on_shards()
 
     def check_regime(self, regime: Regime) -> None:
         """Raise if there are no old tasks to protect."""
@@ -183,7 +183,7 @@ class AttributionCallback(Callback):
         """
         self._gatherer.check(model, sample)
 
-    def _check_shards(self) -> None:
+    def _check_gate_on_shards(self) -> None:
         if self.control != "none":
             raise AgclError(
                 f"`control: {self.control}` looks at whole tensors of importance, which weights that are split over "

@@ -85,17 +85,14 @@ class Gatherer:
         """
         names = matching_parameters(model, self.parameters)
         if has_shards(model):
-            self._check_shards(model)
+            check_layout(model)
+            if not self.estimator.scores_shards:
+                raise AgclError(
+                    f"The estimator {type(self.estimator).__name__} does not score weights that are split over "
+                    "processes (ModelParallelStrategy); take LRP, GradientWeight, Fisher, EmpiricalFisher, MAS, SPG, "
+                    "Magnitude or Random, or `strategy: ddp`."
+                )
         self.estimator.check(model, names, sample)
-
-    def _check_shards(self, model: nn.Module) -> None:
-        check_layout(model)
-        if not self.estimator.scores_shards:
-            raise AgclError(
-                f"The estimator {type(self.estimator).__name__} does not score weights that are split over processes "
-                "(ModelParallelStrategy); take LRP, GradientWeight, Fisher, EmpiricalFisher, MAS, SPG, Magnitude or "
-                "Random, or `strategy: ddp`."
-            )
 
     def begin_task(self, model: nn.Module) -> None:
         """Let the estimator see the weights that a task starts from."""

@@ -60,6 +60,7 @@ class ImportanceSoFar:
 
     def __init__(self, merge: How, bits: Bits, place: Place, needs_files: bool) -> None:
         self.files: dict[str, str] = {}
+        self._said: dict[str, dict[str, str]] = {}  # task: its file's metadata, which name the weights it is of
         self._merged = RunningMerge(merge, bits)
         self._place = place
         self._needs_files = needs_files
@@ -77,6 +78,7 @@ class ImportanceSoFar:
         path = _folder(trainer) / f"{stem}.safetensors"
         self._write(trainer, path, gathered)
         self.files[gathered.metadata["task"]] = str(path)
+        self._said[gathered.metadata["task"]] = dict(gathered.metadata)
         home = self._home(trainer)
         for name in list(gathered.importance):
             gathered.importance[name] = gathered.importance[name].to(home)
@@ -124,18 +126,18 @@ class ImportanceSoFar:
 
     def _bring_files(self, trainer: Trainer) -> None:
         folder = _folder(trainer)
-        for path in self.files.values():
+        for task, path in self.files.items():
             copy = folder / Path(path).name
-            if trainer.is_global_zero and _problem(copy) and not _problem(Path(path)):
+            if trainer.is_global_zero and self._problem(task, copy) and not self._problem(task, Path(path)):
                 source = open_importance(path)
                 save_importance(copy, source, source.metadata)
         trainer.strategy.barrier()
         for task, path in self.files.items():
             copy = folder / Path(path).name
-            if not _problem(copy):
+            if not self._problem(task, copy):
                 self.files[task] = str(copy)
                 continue
-            lost = f"The importance file of task `{task}` is lost: {_problem(Path(path))}"
+            lost = f"The importance file of task `{task}` is lost: {self._problem(task, Path(path))}"
             if self._needs_files or self._is_unread or self._ranks.size > 1:
                 raise AgclError(
                     f"{lost} Resuming with `reestimate` needs it, and so does resuming where the weights are split "
@@ -148,7 +150,12 @@ class ImportanceSoFar:
         merged = self._merged.state_dict()
         if self._ranks.size > 1:
             merged["state"] = {}
-        return {"merged": merged, "files": dict(self.files), "is_in_files": self._ranks.size > 1}
+        return {
+            "merged": merged,
+            "files": dict(self.files),
+            "said": dict(self._said),
+            "is_in_files": self._ranks.size > 1,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` gave.
@@ -158,19 +165,21 @@ class ImportanceSoFar:
         """
         self._merged.load_state_dict(state_dict["merged"])
         self.files = dict(state_dict["files"])
+        self._said = dict(state_dict["said"])
         self._is_unread = state_dict.get("is_in_files", False)
+
+    def _problem(self, task: str, path: Path) -> str | None:
+        """Why a file is of no use; None if it is whole and the one that was written."""
+        try:
+            metadata = open_importance(path).metadata
+        except AgclError as error:
+            return str(error)
+        if self._said.get(task, {}).items() <= metadata.items():
+            return None
+        return f"{path} is not the file that this run wrote; put that one back."
 
     def _home(self, trainer: Trainer) -> torch.device:
         return torch.device("cpu") if self._place == "host" else trainer.strategy.root_device
-
-
-def _problem(path: Path) -> str | None:
-    """Why a file is of no use; None if it is whole."""
-    try:
-        open_importance(path)
-    except AgclError as error:
-        return str(error)
-    return None
 
 
 def _folder(trainer: Trainer) -> Path:

@@ -22,7 +22,7 @@ import agcl
 from agcl.callbacks.hyperparameters import seed_given
 from agcl.callbacks.run_folder import run_folder
 from agcl.errors import AgclError
-from agcl.files import sync_tree, write_whole
+from agcl.files import partial_of, sync_folder, sync_tree, write_whole
 from agcl.metrics import plot_score_matrix
 from agcl.module import NLL, SCORE
 
@@ -73,8 +73,10 @@ class ContinualReport(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Write and print the final results; save the model."""
         folder, results = self._write(trainer, pl_module)
+        if self.save_model and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            _save_model(trainer, pl_module, folder / "model")
         if trainer.is_global_zero:
-            self._finish(trainer, pl_module, folder, results)
+            _show(folder, results)
         self._is_finished = True
 
     def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
@@ -118,18 +120,25 @@ class ContinualReport(Callback):
                 write_whole(folder / "answers.json", json.dumps(answers, indent=1, ensure_ascii=False))
         return folder, results
 
-    def _finish(self, trainer: Trainer, pl_module: Any, folder: Path, results: dict[str, Any]) -> None:
-        if self.save_model and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            partial = folder / "model.partial"
-            shutil.rmtree(partial, ignore_errors=True)
-            pl_module.save_pretrained(partial)
-            sync_tree(partial)
-            shutil.rmtree(folder / "model", ignore_errors=True)
-            partial.replace(folder / "model")
-        console = Console()
-        for table in result_tables(results):
-            console.print(table)
-        console.print(f"Everything is in {folder}")
+
+def _save_model(trainer: Trainer, pl_module: Any, folder: Path) -> None:
+    """On all ranks, since weights that are split over them are gathered; the first one writes."""
+    partial = partial_of(folder)
+    if trainer.is_global_zero:
+        shutil.rmtree(partial, ignore_errors=True)
+    pl_module.save_pretrained(partial, is_writer=trainer.is_global_zero)
+    if trainer.is_global_zero:
+        sync_tree(partial)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.replace(folder)
+        sync_folder(folder.parent)
+
+
+def _show(folder: Path, results: dict[str, Any]) -> None:
+    console = Console()
+    for table in result_tables(results):
+        console.print(table)
+    console.print(f"Everything is in {folder}")
 
 
 def collect_results(trainer: Trainer, pl_module: Any) -> dict[str, Any]:

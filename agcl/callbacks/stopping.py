@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
 from agcl.callbacks.run_folder import run_folder
+from agcl.checkpoints import begin_writing_over
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 FILE_NAME = "interrupted.ckpt"
@@ -32,6 +33,8 @@ class StopOnSignal(Callback):
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
         """The signal that ends the run, if there was one."""
+        self.path: Path | None = None
+        """Where the checkpoint goes; known from the start of fitting on."""
         self._former: dict[signal.Signals, Any] = {}
         self._last_step = 0
 
@@ -43,6 +46,7 @@ class StopOnSignal(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Forget an earlier run. Listening waits: after this, the Trainer sets handlers of its own."""
         self.received = None
+        self.path = stop_path(trainer)
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Listen already while the tasks are scored before training."""
@@ -66,12 +70,14 @@ class StopOnSignal(Callback):
         if trainer.global_step == self._last_step:
             return
         self._last_step = trainer.global_step
-        if self._must_stop(trainer):
-            path = stop_path(trainer)
-            trainer.save_checkpoint(path)
+        if self._must_stop(trainer) and self.path is not None:
+            if trainer.is_global_zero:
+                begin_writing_over(self.path)
+            trainer.strategy.barrier()
+            trainer.save_checkpoint(self.path)
             rank_zero_info(
-                f"Stopped by {self._name()} after step {trainer.global_step} and saved {path}: the same command with "
-                "`--resume auto` goes on from there."
+                f"Stopped by {self._name()} after step {trainer.global_step} and saved {self.path}: the same command "
+                "with `--resume auto` goes on from there."
             )
             raise SystemExit(self.exit_status)
 
@@ -85,9 +91,8 @@ class StopOnSignal(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Take the checkpoint of an earlier interruption away."""
-        path = stop_path(trainer)
-        if path.exists():
-            trainer.strategy.remove_checkpoint(path)
+        if self.path is not None and self.path.exists():
+            trainer.strategy.remove_checkpoint(self.path)
 
     def _must_stop(self, trainer: Trainer) -> bool:
         if trainer.world_size == 1:

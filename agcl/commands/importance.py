@@ -19,6 +19,7 @@ from agcl.attribution.merging import How
 from agcl.attribution.merging import merge as merge_importance
 from agcl.attribution.storage import index_of
 from agcl.errors import AgclError
+from agcl.files import replacing
 from agcl.plots import (
     importance_overlaps,
     kind_of,
@@ -269,6 +270,6 @@ def _check_figure(path: Path | None, overwrite: bool) -> None:
 
 def _save_figure(console: Console, path: Path | None, draw: Callable[[], Figure]) -> None:
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draw().savefig(path, dpi=150)
+        with replacing(path) as file:
+            draw().savefig(file, format=path.suffix.removeprefix(".").lower(), dpi=150)
         console.print(f"Figure: {path}", soft_wrap=True)

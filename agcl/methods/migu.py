@@ -27,7 +27,7 @@ class MIGU(TaskMethod):
         masked: Share of the output features of each layer that is not updated, in [0, 1).
 
     Raises:
-        AgclError: If the share is unusable.
+        AgclError: If the share is unusable or, before training, the model is ``compiled``.
     """
 
     def __init__(self, masked: float = 0.7) -> None:
@@ -38,6 +38,14 @@ class MIGU(TaskMethod):
         self._handles: list[RemovableHandle] = []
         self._magnitudes: dict[nn.Module, Tensor] = {}
         self._is_token: Tensor | None = None
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Check that the hooks will be called."""
+        super().setup(trainer, pl_module, stage)
+        if pl_module.compiled:
+            raise AgclError(
+                "MIGU watches each layer's output by hooks, which a compiled pass leaves out: not `compiled`."
+            )
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Watch the outputs of the linear layers."""

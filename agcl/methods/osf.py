@@ -54,6 +54,10 @@ class OSF(TaskMethod):
             raise AgclError(f"`preserved` has {given} shares; give one for each of the {wanted} later tasks.")
         if trainer.world_size > 1:
             raise AgclError("OSF wraps the model anew between tasks, which works on one device only.")
+        if pl_module.compiled:
+            raise AgclError(
+                "OSF wraps the model anew between tasks, which a compiled pass does not see: not `compiled`."
+            )
         if (pl_module.adapter or {}).get("peft_type") != "OSF":
             raise AgclError("OSF needs its adapter: set `model.adapter` to {peft_type: OSF, effective_rank: 1, ...}.")
         pl_module.checkpoint_changes.append(lambda checkpoint: self._decompose_as_in(pl_module, checkpoint))

@@ -4,13 +4,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import LoraConfig, OSFConfig, get_peft_config, get_peft_model
+from safetensors.torch import load_file
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from agcl.callbacks import AttributionCallback
 from agcl.data.datamodule import filled_up
 from agcl.errors import AgclError, UnsupportedModelError
 from agcl.gating import UpdateGate
-from agcl.models import shard_model
+from agcl.models import save_model, shard_model
+from agcl.module import ContinualLM
 from agcl.ranks import Ranks
 from agcl.shards import check_layout, layouts
 
@@ -65,7 +69,7 @@ def test_tensor_parallelism_is_refused_with_the_remedy():
 )
 def test_what_needs_whole_tensors_is_refused(options, message):
     with pytest.raises(AgclError, match=message):
-        AttributionCallback(**options)._check_shards()
+        AttributionCallback(**options)._check_gate_on_shards()
 
 
 def test_rows_are_cut_as_torch_cuts_them():
@@ -82,3 +86,45 @@ def test_rows_that_fill_up_do_not_count():
     filled = filled_up(Dataset.from_dict({"place": [0, 1]}), 5)
     assert filled["place"][:] == [0, 1, 0, 1, 0]
     assert filled["counts"][:] == [True, True, False, False, False]
+
+
+@pytest.mark.parametrize(
+    ("config", "names", "message"),
+    [
+        (OSFConfig(target_modules=["down_proj"], effective_rank=1), [], "OSF's factors are merged"),
+        (LoraConfig(target_modules=["down_proj"]), ["second"], "Several adapters are merged"),
+    ],
+)
+def test_adapters_that_are_merged_on_saving_are_refused(llama_folder, config, names, message):
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(llama_folder), config)
+    for name in names:
+        model.add_adapter(name, config)
+    model.base_model.set_adapter(["default", *names])
+    with pytest.raises(AgclError, match=rf"{message} .*take `strategy: ddp`"):
+        shard_model(model, None)
+
+
+@pytest.mark.parametrize("adapter", [None, {"peft_type": "LORA", "r": 2, "target_modules": "all-linear"}])
+def test_a_split_model_is_saved_as_a_whole_one(llama_folder, tmp_path, mesh, adapter):
+    found = []
+    for is_split in (False, True):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_pretrained(llama_folder)
+        if adapter:
+            model = get_peft_model(model, get_peft_config({"task_type": "CAUSAL_LM", **adapter}))
+        if is_split:
+            shard_model(model, {"tensor_parallel": mesh, "data_parallel": mesh})
+        save_model(model, tmp_path / str(is_split))
+        save_model(model, tmp_path / "nothing", is_writer=False)
+        (file,) = (tmp_path / str(is_split)).glob("*.safetensors")
+        found.append(load_file(file))
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_a_compiled_split_model_is_refused(llama_folder):
+    module = ContinualLM(str(llama_folder), compiled=True)
+    module._device_mesh = {}
+    with pytest.raises(AgclError, match="`compiled` is not tried with weights that are split"):
+        module.configure_model()

@@ -1,7 +1,13 @@
 """A run's hooks, open files and tensors do not grow with its tasks; `benchmarks/soak.py` measures memory and time."""
 
 import importlib.util
+import re
 from pathlib import Path
+from textwrap import dedent
+
+import pytest
+
+from agcl import forecast
 
 ROOT = Path(__file__).parents[2]
 
@@ -14,7 +20,7 @@ def load(name):
 
 
 def test_later_tasks_hold_no_more_than_the_second(knowing):
-    watch = load("soak").soak(num_tasks=5, epochs=1)
+    watch = load("soak").soak(num_tasks=3, epochs=1)
     second, last = watch.counts[1], watch.counts[-1]
     assert second["hooks"] > watch.counts[0]["hooks"]  # the gate's, which the count therefore sees
     # Lightning keeps the scalars that were logged under each task's name.
@@ -28,3 +34,20 @@ def test_the_page_shows_the_table_that_the_formula_gives():
     page = (ROOT / "docs" / "scale.md").read_text()
     table = page.split("<!-- benchmarks/scale_table.py -->\n")[1].split("\n<!-- end -->")[0]
     assert table == module.table(module.MACHINES["h100"])
+
+
+def test_the_page_shows_the_formula_that_is_computed():
+    page = (ROOT / "docs" / "scale.md").read_text()
+    shown = page.split("<!-- agcl/forecast.py -->\n")[1].split("<!-- end -->")[0]
+    formulas = re.findall(r"::\n\n((?:    .*\n|\n)+)", forecast.__doc__)
+    assert len(formulas) == 2
+    assert re.findall(r"```text\n(.*?)```", shown, re.DOTALL) == [dedent(text).strip("\n") + "\n" for text in formulas]
+
+
+@pytest.mark.slow
+def test_fifteen_tasks_take_the_memory_of_two(knowing):
+    watch = load("soak").soak(num_tasks=15, epochs=2)
+    second, last = watch.counts[1], watch.counts[-1]
+    assert last["resident memory"] <= 1.05 * second["resident memory"]
+    assert last["bytes of tensors"] <= second["bytes of tensors"] + 13 * 1024
+    assert (last["hooks"], last["open files"]) == (second["hooks"], second["open files"])

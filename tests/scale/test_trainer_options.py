@@ -1,5 +1,6 @@
 """Each way to train, with each gate: the step of the second task is scaled once, entry by entry."""
 
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -10,6 +11,8 @@ from lightning.pytorch import Callback
 from agcl.attribution import ImportanceConfig
 from agcl.attribution.estimators import Estimator
 from agcl.callbacks import AttributionCallback
+from agcl.errors import AgclError
+from agcl.methods import MIGU, OSF
 
 CLIP = 1e-3  # below the norm of every gradient here
 
@@ -42,6 +45,8 @@ CASES = {
     "checkpointing": ({}, {"gradient_checkpointing": True}, {}, 4),
     "fused": ({}, {}, {"fused": True}, 4),
     "foreach": ({}, {}, {"foreach": True}, 4),
+    "compiled": ({}, {"compiled": True}, {}, 4),
+    "inductor": ({}, {"compiled": True}, {}, 4),
     "all together": (
         {"accumulate_grad_batches": 2, "precision": "bf16-mixed", "gradient_clip_val": CLIP},
         {"gradient_checkpointing": True},
@@ -67,14 +72,23 @@ def second_step(folder, files, run_dir, gate, case, strength):
     callback = AttributionCallback(
         gate=gate, estimator=Thirds(), importance=ImportanceConfig(normalisation="none"), strength=strength
     )
-    start = SecondTask()
+    start, graphs = SecondTask(), []
     trainer = trainer_for(data, run_dir, [callback, start], **trainer_options)
-    trainer.fit(model, datamodule=data)
+
+    def count(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    is_counted = case != "inductor"
+    with torch.compiler.set_stance("default", force_backend=count) if is_counted else nullcontext():
+        trainer.fit(model, datamodule=data)
+    torch.compiler.reset()
+    assert bool(graphs) == (case == "compiled")  # which is then no silent way back to eager
     assert trainer.global_step == 2
     return start.start, weights(model.model), callback.importance
 
 
-DEFAULT = ("bf16-true", "fused", "all together")
+DEFAULT = ("bf16-true", "fused", "compiled", "all together")
 
 
 @pytest.mark.parametrize("gate", ["gradient", "update"])
@@ -101,3 +115,20 @@ def test_the_second_tasks_step_is_scaled_once(llama_folder, task_files, tmp_path
         assert (error <= 2 * rounding + noise * expected[name].abs()).all(), (name, error.max())
         moved += int((expected[name].abs() > 4 * rounding).sum())
     assert moved > 500  # what is compared is no rounding noise
+
+
+def test_a_compiled_model_learns_what_it_does_otherwise(llama_folder, task_files, tmp_path):
+    found = [
+        second_step(llama_folder, task_files, tmp_path / case, "update", case, 1) for case in ("plain", "compiled")
+    ]
+    for name, expected in found[0][1].items():
+        torch.testing.assert_close(found[1][1][name], expected)
+    for name, levels in found[0][2].items():
+        assert torch.equal(found[1][2][name], levels), name
+
+
+@pytest.mark.parametrize("method", [MIGU(), OSF()])
+def test_methods_that_a_compiled_pass_would_leave_out_are_refused(llama_folder, task_files, tmp_path, method):
+    model, data = build(llama_folder, task_files[:2], compiled=True)
+    with pytest.raises(AgclError, match="not `compiled`"):
+        trainer_for(data, tmp_path, [method]).fit(model, datamodule=data)

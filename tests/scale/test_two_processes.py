@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import attribution, build, trainer_for, weights
+from conftest import save_tiny_model
+from helpers import attribution, build, trainer_for, weights, write_config
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from agcl.attribution.artefact import load_importance
 
@@ -17,8 +20,20 @@ from agcl.attribution.artefact import load_importance
 def two_processes(llama_folder, task_files, tmp_path_factory):
     out = tmp_path_factory.mktemp("two")
     script = Path(__file__).with_name("two_processes.py")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "AGCL_ALLOW_IMPORTS": "helpers"}
     environment["PYTHONPATH"] = os.pathsep.join([str(script.parents[1]), str(script.parents[2])])
+    save_tiny_model(out / "gpt2", "gpt2")  # which has dropout
+    strategy = {"class_path": "lightning.pytorch.strategies.ModelParallelStrategy"}
+    write_config(
+        llama_folder,
+        task_files[:1],
+        out,
+        data__tasks__0__epochs=1,
+        trainer__devices=2,
+        trainer__strategy={**strategy, "init_args": {"data_parallel_size": 2, "tensor_parallel_size": 1}},
+        trainer__enable_progress_bar=False,
+        trainer__callbacks=[{"class_path": "helpers.SaveWhole", "init_args": {"path": str(out / "fitted.pt")}}],
+    )
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     finished = subprocess.run(
         [*launch, str(llama_folder), str(out), *map(str, task_files)],
@@ -27,8 +42,10 @@ def two_processes(llama_folder, task_files, tmp_path_factory):
         text=True,
         timeout=300,
     )
-    assert finished.returncode == 0, "\n".join(line for line in finished.stderr.splitlines() if "[rank0]" in line)
-    return {name: torch.load(out / f"{name}.pt") for name in ("ddp", "fsdp", "resumed")}
+    said = [line for line in finished.stderr.splitlines() if "[rank" in line or "error: " in line]
+    assert finished.returncode == 0, "\n".join(said)
+    names = ("ddp", "fsdp", "stopped", "dropout", "dropout.straight", "fitted")
+    return {"folder": out, **{name: torch.load(out / f"{name}.pt") for name in names}}
 
 
 @pytest.fixture
@@ -68,8 +85,18 @@ def test_importance_is_split_as_the_weights_are(two_processes):
         assert num_entries == torch.Size(shape).numel()
 
 
-def test_a_split_run_resumes_from_the_importance_files(two_processes):
-    straight, resumed = two_processes["fsdp"], two_processes["resumed"]
+@pytest.mark.parametrize(("straight", "resumed"), [("fsdp", "stopped"), ("dropout.straight", "dropout")])
+def test_a_signal_to_one_process_stops_both_and_the_run_goes_on_from_there(two_processes, straight, resumed):
+    """Split, from the importance files; with dropout, from each process's own random numbers."""
+    straight, resumed = two_processes[straight], two_processes[resumed]
     assert torch.equal(resumed["scores"], straight["scores"])
     for parameter, expected in straight["weights"].items():
         assert torch.equal(resumed["weights"][parameter], expected), parameter
+
+
+def test_agcl_fit_saves_a_split_model_whole(two_processes, llama_folder):
+    folder = two_processes["folder"] / "run" / "version_0" / "model"
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, two_processes["fitted"][name]), name
+    assert load_file(folder / "model.safetensors").keys() == load_file(llama_folder / "model.safetensors").keys()
