@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import re
 import runpy
 import sys
 from collections.abc import Iterator, Mapping
@@ -42,6 +43,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     pages = {
         "cli.md": command_line_page(),
         "changelog.md": (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"),
+        "results.md": re.sub(
+            r"!\[.*\n", "", (ROOT / "RESULTS.md").read_text(encoding="utf-8")
+        ),  # its figure is not here
         "contributing.md": (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"),
         **api_pages(runpy.run_path(str(ROOT / "scripts" / "public_api.py"))["PACKAGES"]),
     }

@@ -17,7 +17,8 @@ Row = tuple[object, ...]
 
 def comparison() -> str:
     """The comparison's own tables, as `agcl compare` wrote them."""
-    text = (COMPARISON / "comparison.md").read_text()
+    text = (COMPARISON / "comparison.md").read_text().partition("## Missing runs")[0]
+    text = text.replace("(stability", f"({COMPARISON.relative_to(ROOT)}/stability")
     return re.sub(r"^#", "###", text, flags=re.MULTILINE).strip()
 
 
