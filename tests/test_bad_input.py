@@ -451,7 +451,6 @@ COMMANDS: dict[str, tuple[Callable[[Place], list[str]], str]] = {
         lambda place: ["plan", "--config", place.configuration(model__model_name_or_path="/nowhere")],
         r"could be loaded from `/nowhere`: give a hub name",
     ),
-    "nothing to check": (words("check --config /no.yaml"), r"`config`: File does not exist: '/no\.yaml'"),
     "no tasks to begin with": (words("init /no"), r"/no is no folder: name the one that holds"),
     "configuration that exists": (
         lambda place: ["init", place.path("importance"), "--output", place.file("mine.yaml", "x: 1")],
@@ -460,7 +459,7 @@ COMMANDS: dict[str, tuple[Callable[[Place], list[str]], str]] = {
     "nothing to export": (words("export /no --output new"), r"/no does not exist; name the folder of a run"),
     "export of what is no run": (
         lambda place: ["export", place.path(""), "--output", place.path("new")],
-        r"scores\.json is not a run's results: it lacks tasks",
+        r"scores\.json has no `tasks`",
     ),
     "nothing to report": (words("report /no"), r"/no is not a folder; name a run's folder"),
     "report of what is no run": (lambda place: ["report", place.path("")], r"scores\.json has no `tasks`"),

@@ -132,9 +132,13 @@ def test_interruption_leaves_no_process_and_no_finished_run(make, tmp_path, numb
         os.kill(os.getpid(), number)
 
     former = signal.getsignal(signal.SIGTERM)
+    former_sigint = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     threading.Thread(target=interrupt).start()
-    with pytest.raises((KeyboardInterrupt, SystemExit)):
-        outcomes([run], comparison(tmp_path))
+    try:
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
+            outcomes([run], comparison(tmp_path))
+    finally:
+        signal.signal(signal.SIGINT, former_sigint)
     assert signal.getsignal(signal.SIGTERM) is former
     assert run.state()["state"] == "started"
     for pid in pids.read_text().split():
