@@ -50,4 +50,5 @@ def test_fifteen_tasks_take_the_memory_of_two(knowing):
     second, last = watch.counts[1], watch.counts[-1]
     assert last["resident memory"] <= 1.05 * second["resident memory"]
     assert last["bytes of tensors"] <= second["bytes of tensors"] + 13 * 1024
-    assert (last["hooks"], last["open files"]) == (second["hooks"], second["open files"])
+    assert last["hooks"] == second["hooks"]
+    assert last["open files"] <= second["open files"]
