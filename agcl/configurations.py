@@ -1,7 +1,8 @@
-"""The configurations that come with the package, by name: ``builtin:quickstart``, ``builtin:method/ewc``."""
+"""Configurations: those that come with the package, by name (``builtin:method/ewc``), and the callbacks of one."""
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from agcl.errors import AgclError
 
@@ -61,3 +62,17 @@ def resolve_arguments(words: Sequence[str]) -> list[str]:
 
 def _folder(name: str) -> str:
     return name.rpartition("/")[0]
+
+
+def all_callbacks(config: Any) -> list[Any]:
+    """``trainer.callbacks``, which may be a single one or none, and ``extra_callbacks``.
+
+    Args:
+        config: What ``agcl fit`` was given, as a mapping or a parser's namespace.
+    """
+    return [*as_list((config.get("trainer") or {}).get("callbacks")), *(config.get("extra_callbacks") or [])]
+
+
+def as_list(callbacks: Any) -> list[Any]:
+    """A list of what may be a list, a single callback, or none."""
+    return callbacks if isinstance(callbacks, list) else [callbacks] if callbacks else []

@@ -17,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from agcl.callbacks import ContinualMonitor, ContinualReport, StopOnSignal, TaskProgressBar
 from agcl.checkpoints import AtomicCheckpointIO, last_whole, look_into
+from agcl.configurations import all_callbacks
 from agcl.data.datamodule import ContinualDataModule
 from agcl.data.sequence import Regime
 from agcl.errors import AgclError
@@ -141,12 +142,6 @@ def _restrict_checkpoints(config: Any) -> None:
         )
     if "weights_only" in config:
         config.weights_only = True
-
-
-def all_callbacks(config: Any) -> list[Any]:
-    """``trainer.callbacks``, which may be a single one, and ``extra_callbacks``."""
-    callbacks = config.trainer.callbacks or []
-    return [*(callbacks if isinstance(callbacks, list) else [callbacks]), *config.extra_callbacks]
 
 
 def _disk_full(trainer: Trainer, error: OSError) -> str:

@@ -16,10 +16,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from agcl.callbacks import AttributionCallback
+from agcl.configurations import all_callbacks
 from agcl.data.sequence import Regime
 from agcl.errors import AgclError
 from agcl.forecast import MACHINES, Forecast, Machine, ModelSize, Precision, Settings, Work, forecast
-from agcl.lightning_cli import FitConfiguration, all_callbacks
+from agcl.lightning_cli import FitConfiguration
 from agcl.models import load_config
 
 DESCRIPTION = "Print what memory and time `agcl fit` with this configuration would take; nothing is loaded."

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from agcl.callbacks.run_folder import run_folder
 from agcl.checkpoints import look_into, newest
+from agcl.configurations import all_callbacks, as_list
 from agcl.errors import AgclError
 
 Config = dict[str, Any]
@@ -74,7 +75,7 @@ def configuration(parser: ArgumentParser, config: Namespace) -> Config:
 
 
 def _essential(callbacks: Any) -> list[Any]:
-    return [c for c in _as_list(callbacks) if not c["class_path"].endswith(_INCIDENTAL_CALLBACKS)]
+    return [c for c in as_list(callbacks) if not c["class_path"].endswith(_INCIDENTAL_CALLBACKS)]
 
 
 def resume_auto(config: Namespace, wanted: Config) -> tuple[Config, bool]:
@@ -92,7 +93,7 @@ def resume_auto(config: Namespace, wanted: Config) -> tuple[Config, bool]:
         since no checkpoint of another configuration was found.
     """
     root, folders = run_folders(config.trainer)
-    dirpaths = [Path(path) for path in _dirpaths([*_as_list(config.trainer.callbacks), *config.extra_callbacks])]
+    dirpaths = [Path(path) for path in _dirpaths(all_callbacks(config))]
     candidates = newest([*(folder / "checkpoints" for folder in folders), *dirpaths])
     others = 0
     for path in candidates:
@@ -133,11 +134,6 @@ def _flat(content: Any, key: str = "") -> Iterator[tuple[str, Any]]:
         yield key, content
     for name, value in children:
         yield from _flat(value, f"{key}.{name}" if key else str(name))
-
-
-def _as_list(callbacks: Any) -> list[Any]:
-    """What may be a single callback, or none."""
-    return callbacks if isinstance(callbacks, list) else [callbacks] if callbacks else []
 
 
 def _is_list(content: Any) -> bool:

@@ -23,8 +23,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 
-from agcl.attribution import Sample
 from agcl.attribution.estimators import LRP, Evidence, Fisher, GradientWeight, Magnitude, Random, Wanda
+from agcl.attribution.rows import samples_of
 from agcl.data.tasks import IGNORED_LABEL, AnswerEncoder, Task, collate
 from agcl.models import load_model, load_tokenizer
 from agcl.scoring import answer_logits, token_nll
@@ -94,13 +94,6 @@ def log_likelihood(model, rows):
         total -= float(token_nll(logits, targets).sum())
         count += int((targets != IGNORED_LABEL).sum())
     return total / count
-
-
-def samples_of(rows):
-    for row in rows:
-        labels = torch.tensor(row["labels"])
-        answer = (labels != IGNORED_LABEL).nonzero().flatten()
-        yield Sample(torch.tensor(row["input_ids"]), answer - 1, labels[answer])
 
 
 def matrices(model):

@@ -1,7 +1,7 @@
 """Which gate protects? Tasks learned one after the other under experimental gates, by a bare loop on one thread.
 
     python benchmarks/gates.py gate --lr 5e-4 --samples 32 --tasks 3   # a row more in benchmarks/results/gates.jsonl
-    python benchmarks/gates.py --table                                 # the rows as Markdown
+    python scripts/results.py                                          # RESULTS.md, with the rows as a table
 
 SmolLM2-135M learns the quick start's rows (32 words a language): Welsh without a gate at 3e-4, which is kept for the
 next time, then the other languages with one. The plasticity of each weight is held in float32, with no rounding of
@@ -24,8 +24,9 @@ from pathlib import Path
 
 import torch
 
-from agcl.attribution import ImportanceConfig, Sample
+from agcl.attribution import ImportanceConfig
 from agcl.attribution.estimators import LRP, EmpiricalFisher, Evidence, Fisher
+from agcl.attribution.rows import samples_of
 from agcl.data.tasks import IGNORED_LABEL, AnswerEncoder, Task, collate
 from agcl.models import load_model, load_tokenizer
 from agcl.scoring import answer_logits, token_nll
@@ -51,13 +52,6 @@ def encoded_rows():
         task = Task(language, f"builtin:cldr/{language}")
         rows[language] = list(encoder.encode_rows(task, f"train[{32 * index}:{32 * index + 32}]", task.prompt))
     return rows
-
-
-def samples_of(rows):
-    for row in rows:
-        labels = torch.tensor(row["labels"])
-        answer = (labels != IGNORED_LABEL).nonzero().flatten()
-        yield Sample(torch.tensor(row["input_ids"]), answer - 1, labels[answer])
 
 
 @torch.no_grad()
@@ -200,23 +194,6 @@ def run(options):
         file.write(json.dumps(row) + "\n")
 
 
-def table():
-    print("| gate | score | lr | samples | Welsh | Finnish | Swahili |")
-    print("|---|---|---:|---:|---:|---:|---:|")
-    for row in map(json.loads, RESULTS.read_text().splitlines()):
-        extra = {
-            "relative": f", c {row['c']:g}",
-            "relative2": f", c {row['c']:g}",
-            "ratio": f", power {row['power']:g}",
-        }
-        kind = row["kind"] + extra.get(row["kind"], "" if row["kind"] == "none" else f", q{100 * row['quantile']:.0f}")
-        kind += ", shuffled" if row["shuffled"] else ""
-        cells = [f"{known:.2f} / {loss:.4f}" for known, loss in row["matrix"][-1]] + [""] * (3 - row["tasks"])
-        is_plain = row["kind"] == "none"
-        score, samples = ("", "") if is_plain else (row["score"], row["samples"])
-        print(f"| {kind} | {score} | {row['lr']:g} | {samples} | {' | '.join(cells)} |")
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", nargs="?", choices=KINDS, default="gate")
@@ -229,9 +206,7 @@ def main():
     parser.add_argument("--tasks", type=int, choices=(2, 3, 4), default=2)
     parser.add_argument("--shuffled", action="store_true")
     parser.add_argument("--cache", type=Path, default=Path("runs/gates_first_task.pt"))
-    parser.add_argument("--table", action="store_true", help="print the rows there are, and run nothing")
-    options = parser.parse_args()
-    table() if options.table else run(options)
+    run(parser.parse_args())
 
 
 if __name__ == "__main__":

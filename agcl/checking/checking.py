@@ -19,12 +19,12 @@ from agcl.checking.configuration import LenientConfiguration, build
 from agcl.checking.earlier import Earlier, find_earlier, plasticity_left
 from agcl.checking.rows import SplitCheck, check_splits, notes_on
 from agcl.checking.trial import try_estimator
+from agcl.configurations import all_callbacks
 from agcl.data.datamodule import ContinualDataModule
 from agcl.data.sequence import order_problems
 from agcl.data.tasks import Task
 from agcl.errors import AgclError
 from agcl.forecast import Forecast, Machine, ModelSize, Settings, Work, forecast
-from agcl.lightning_cli import all_callbacks
 from agcl.module import ContinualLM
 
 DESCRIPTION = "Show what `agcl fit` with this configuration would see and need, and every problem; nothing is trained."

@@ -136,15 +136,17 @@ class TaskImportance(TrainerCallback):
         check_options(num_samples, batch_size, bits, parameters)
         self.importance: dict[str, Tensor] = {}
         self._save_to = save_to
-        self._task = task
         self._estimator = LRP() if estimator is None else estimator
-        self._only_correct = only_correct
         self._parameters = parameters
         self._seed = seed
-        self._num_samples = num_samples
-        self._batch_size = batch_size
-        self._config = config
-        self._bits: Bits = bits
+        self._options: dict[str, Any] = {  # of `compute_importance`
+            "task": task,
+            "num_samples": num_samples,
+            "batch_size": batch_size,
+            "config": config,
+            "only_correct": only_correct,
+            "bits": bits,
+        }
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -162,16 +164,11 @@ class TaskImportance(TrainerCallback):
         self.importance = compute_importance(
             kwargs["model"],
             training_rows(kwargs["train_dataloader"], self._seed),
-            num_samples=self._num_samples,
-            batch_size=self._batch_size,
             estimator=self._estimator,
-            config=self._config,
-            only_correct=self._only_correct,
             parameters=self._parameters,
-            bits=self._bits,
             seed=self._seed,
             save_to=self._save_to if state.is_world_process_zero else None,
-            task=self._task,
+            **self._options,
         )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from agcl.attribution.artefact import ImportanceFile, importance_files
+from agcl.configurations import all_callbacks
 from agcl.errors import AgclError
 from agcl.reporting.losses import Curve, training_losses
 from agcl.results import read_json, read_results
@@ -56,9 +57,7 @@ class RunRecord:
     @property
     def gate(self) -> dict[str, Any] | None:
         """Arguments of the run's ``AttributionCallback``; None if it has none, or the configuration is not there."""
-        callbacks = (self.config.get("trainer") or {}).get("callbacks") or []
-        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
-        for callback in [*callbacks, *(self.config.get("extra_callbacks") or [])]:
+        for callback in all_callbacks(self.config):
             if str(callback.get("class_path", "")).endswith("AttributionCallback"):
                 return callback.get("init_args") or {}
         return None
