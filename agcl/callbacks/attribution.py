@@ -11,11 +11,12 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from agcl.attribution.artefact import check_importance
-from agcl.attribution.estimators import LRP, Estimator
+from agcl.attribution.estimators import LRP, Estimator, PerSampleGradient
 from agcl.attribution.importance import ImportanceConfig
 from agcl.attribution.levels import Bits
 from agcl.attribution.merging import How
 from agcl.attribution.passes import Sample
+from agcl.callbacks.directions import Directions, DirectionsSoFar
 from agcl.callbacks.gathering import Gatherer
 from agcl.callbacks.importance_so_far import ImportanceSoFar, Place
 from agcl.callbacks.single_task import InitialModel, check_single_task, gather_from_single_task
@@ -46,6 +47,11 @@ class AttributionCallback(Callback):
     is taken for that: it is read from the task's file, a tensor at a time. On disk, each old task leaves a file more at
     each boundary, ``T (T + 1) / 2`` bytes per weight after T tasks, since an earlier checkpoint may be resumed from.
 
+    With ``directions``, weight matrices are gated by the directions of their inputs instead of entry by entry (see
+    :mod:`agcl.attribution.directions`), which protects far better: inputs are no unit vectors. Embeddings,
+    normalisations, biases and experts are gated entry by entry as before; the matrices' importance is computed and
+    written, too, but not gated by. For a matrix of shape (out, in), 4 (out + 2 in) in bytes are held between steps.
+
     Args:
         gate: ``gradient`` rescales gradients by backward hooks (the paper; cancelled by Adam-like optimizers),
             ``update`` rescales the optimizer's whole step, ``auto`` picks what protects under the optimizer in use.
@@ -67,7 +73,10 @@ class AttributionCallback(Callback):
         strength: Exponent of the plasticity; 1 is the paper's linear gate, 0 no gate.
         parameters: Regular expression; only parameters whose name it is found in are attributed and gated.
         control: ``shuffled`` permutes the importance within each tensor, ``flattened`` makes it uniform: gates of equal
-            mean without attribution, to compare with.
+            mean without attribution, to compare with. Under ``directions``, ``shuffled`` takes random directions.
+        directions: Gate weight matrices by direction: ``plasticity``, the mean share that a matrix may go of its way,
+            the same for each task, and ``every``, how many steps pass between two products with the gate's map. For
+            estimators made of gradients, in one process or under DDP. None: every weight is gated on its own.
         seed: Choice of the rows; permutation of the shuffled control; the data module's if left out.
 
     Raises:
@@ -91,6 +100,7 @@ class AttributionCallback(Callback):
         strength: float = 1.0,
         parameters: str = "",
         control: Literal["none", "shuffled", "flattened"] = "none",
+        directions: Directions | None = None,
         seed: int | None = None,
     ) -> None:
         if not 0 <= strength < math.inf:
@@ -111,6 +121,10 @@ class AttributionCallback(Callback):
         self._gatherer = Gatherer(
             estimator, num_samples, batch_size, per_sample, importance, importance_bits, parameters, seed
         )
+        self._directions: DirectionsSoFar | None = None
+        if directions is not None:
+            by_gradients = _check_directions(estimator, source, reestimate)
+            self._directions = DirectionsSoFar(directions, by_gradients, strength, control)
         self._so_far = ImportanceSoFar(merge, importance_bits, importance_on, needs_files=reestimate > 0)
         self._initial: InitialModel | None = None
         self.num_boundaries = 0
@@ -132,6 +146,7 @@ class AttributionCallback(Callback):
     def extra_bytes(self) -> int:
         """Bytes of tensors and old rows kept between steps beyond plain fine-tuning; shared memory counts once."""
         held = [*_tensors(self.state_dict()), *(self._attached.held_importance() if self._attached else ())]
+        held += self._directions.held() if self._directions else []
         storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in held}
         return sum(storages.values()) + self._kept_bytes
 
@@ -153,10 +168,10 @@ class AttributionCallback(Callback):
             self._initial = self._initial or InitialModel.of(pl_module)
         if warning := self.gate_warning(self._optimizer(trainer)):
             rank_zero_warn(warning)
-        with trainer.precision_plugin.forward_context():
-            self.check_model(pl_module.model, next(self._gatherer.samples(trainer, pl_module, 0)))
         if has_shards(pl_module.model):
             self._check_gate_on_shards()
+        with trainer.precision_plugin.forward_context():
+            self.check_model(pl_module.model, next(self._gatherer.samples(trainer, pl_module, 0)))
 
     def check_regime(self, regime: Regime) -> None:
         """Raise if there are no old tasks to protect."""
@@ -182,8 +197,15 @@ class AttributionCallback(Callback):
             sample: A row of the first task, answered right or wrong.
         """
         self._gatherer.check(model, sample)
+        if self._directions:
+            self._directions.find(model, self._gatherer.names(model), sample)
 
     def _check_gate_on_shards(self) -> None:
+        if self._directions:
+            raise AgclError(
+                "`directions` looks at whole weight matrices, which are split over processes here "
+                "(ModelParallelStrategy); leave it out, or take `strategy: ddp`."
+            )
         if self.control != "none":
             raise AgclError(
                 f"`control: {self.control}` looks at whole tensors of importance, which weights that are split over "
@@ -199,6 +221,8 @@ class AttributionCallback(Callback):
         """On resuming: bring along the earlier tasks' files, make up for a task boundary, gate again."""
         self._so_far.bring_along(trainer, pl_module.model)
         check_importance(self.importance, pl_module.model.named_parameters())
+        if self._directions:
+            self._directions.to(pl_module.device)
         completed = pl_module.tasks.num_completed(trainer.current_epoch)
         if completed:
             # From a checkpoint of an epoch's last batch, Lightning goes on without that epoch's end.
@@ -213,8 +237,17 @@ class AttributionCallback(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         """At a task boundary: importance of the task just learned, running maximum, new gate."""
+        self._close_directions()  # before weights are saved
         if pl_module.tasks.ends_at(trainer.current_epoch):
             self._pass_boundary(trainer, pl_module, pl_module.tasks.index_at(trainer.current_epoch))
+
+    def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Score the weights as the gate leaves them."""
+        self._close_directions()
+
+    def _close_directions(self) -> None:
+        if self._directions:
+            self._directions.close()
 
     def _pass_boundary(self, trainer: Trainer, pl_module: Any, index: int) -> None:
         # On resuming, Lightning may run an epoch's end again, or never have run it: what is there is kept.
@@ -241,6 +274,7 @@ class AttributionCallback(Callback):
             "initial": None if self._initial is None else vars(self._initial),
             "so_far": self._so_far.state_dict(),
             "estimator": self.estimator.state_dict(),
+            "directions": None if self._directions is None else self._directions.state_dict(),
             "num_boundaries": self.num_boundaries,
             "task_begun": self._task_begun,
             "kept_bytes": self._kept_bytes,
@@ -250,12 +284,19 @@ class AttributionCallback(Callback):
         """Restore what :meth:`state_dict` gave.
 
         Raises:
-            AgclError: If its importance comes from another source, or was merged in another way.
+            AgclError: If its importance comes from another source, or was merged in another way, or only one of the
+                two gates by direction.
         """
         if state_dict["source"] != self.source:
             raise AgclError(
                 f"The importance so far has `source: {state_dict['source']}`, not `{self.source}`; keep to it."
             )
+        directions = state_dict.get("directions")
+        if (directions is None) != (self._directions is None):
+            said = "without" if directions is None else "with"
+            raise AgclError(f"The importance so far was computed {said} `directions`; keep to it.")
+        if self._directions and directions:
+            self._directions.load_state_dict(directions)
         self._initial = None if state_dict["initial"] is None else InitialModel(**state_dict["initial"])
         self._so_far.load_state_dict(state_dict["so_far"])
         self.estimator.load_state_dict(state_dict["estimator"])
@@ -282,6 +323,9 @@ class AttributionCallback(Callback):
             return
         gathered.metadata["source"] = self.source
         self._so_far.take_in(trainer, f"{index:02d}_{task}", gathered)
+        if self._directions:
+            with trainer.precision_plugin.forward_context():
+                self._directions.learn(self._gatherer.evidence(trainer, pl_module, index))
         seconds = time.perf_counter() - start
         for logger in trainer.loggers:  # not self.log, which the start of a resumed run does not allow
             values = {"attribution/seconds": seconds, "attribution/samples": float(gathered.num_used)}
@@ -321,6 +365,11 @@ class AttributionCallback(Callback):
         elif self.control == "flattened":
             importance = flattened(importance)
         optimizer = self._optimizer(trainer)
+        if self._directions:
+            self._directions.attach(optimizer, pl_module.model, resolve_seed(self.seed, trainer.datamodule))  # type: ignore[attr-defined]
+            importance = {name: t for name, t in importance.items() if name not in self._directions.names()}
+            if not importance:
+                return
         kind = self.gate
         if kind == "auto":
             kind = "update" if is_sharded else choose_gate(optimizer)
@@ -330,13 +379,16 @@ class AttributionCallback(Callback):
         self._attached = gate.attach(optimizer)
 
     def _detach_gate(self) -> None:
+        if self._directions:
+            self._directions.detach()
         if self._attached is not None:
             self._attached.detach()
             self._attached = None
 
     def plasticity(self) -> dict[str, float]:
         """Mean remaining plasticity of each gated parameter, in [0, 1]; empty before the first task boundary."""
-        return {} if self._attached is None else self._attached.plasticity()
+        by_entry = {} if self._attached is None else self._attached.plasticity()
+        return by_entry | (self._directions.plasticity() if self._directions else {})
 
     @staticmethod
     def _optimizer(trainer: Trainer) -> torch.optim.Optimizer:
@@ -358,6 +410,18 @@ def _check_reestimate(reestimate: int, source: Source, estimator: Estimator) -> 
     if reestimate and not estimator.uses_samples:
         name = type(estimator).__name__
         raise AgclError(f"`reestimate` keeps rows, but the estimator {name} looks at none; leave `reestimate` out.")
+
+
+def _check_directions(estimator: Estimator, source: Source, reestimate: int) -> PerSampleGradient:
+    if not isinstance(estimator, PerSampleGradient):
+        raise AgclError(
+            f"`directions` weights inputs by gradients, which the estimator {type(estimator).__name__} does not take; "
+            "choose LRP, GradientWeight, Fisher, EmpiricalFisher or MAS, or leave `directions` out."
+        )
+    for option, is_given in (("source: single_task", source == "single_task"), ("reestimate", reestimate > 0)):
+        if is_given:
+            raise AgclError(f"`directions` and `{option}` do not work together; leave one of them out.")
+    return estimator
 
 
 def _tensors(state: Any) -> Iterator[Tensor]:

@@ -8,7 +8,7 @@ from datasets import Dataset
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
-from agcl.attribution.estimators import Estimator
+from agcl.attribution.estimators import Estimator, Evidence
 from agcl.attribution.fingerprints import fingerprint
 from agcl.attribution.importance import ImportanceConfig, Parts, normalise
 from agcl.attribution.levels import DTYPES, Bits
@@ -117,19 +117,8 @@ class Gatherer:
         num_samples = min(self.num_samples, len(rows)) if kept is None else len(kept)
         shown = activity(trainer, f"Attribution of {task}", num_samples, "rows")
         with shown as advance, trainer.precision_plugin.forward_context():
-            evidence = task_evidence(
-                trainer,
-                pl_module,
-                task_index,
-                self.parameters,
-                num_samples,
-                seed=self.seed,
-                batch_size=self.batch_size,
-                rows=kept,
-                per_sample=self.per_sample,
-                config=self.config,
-                ranks=ranks,
-                on_progress=advance,
+            evidence = self.evidence(
+                trainer, pl_module, task_index, num_samples, rows=kept, ranks=ranks, on_progress=advance
             )
             scores = self.estimator.scores(evidence)
         if not scores:
@@ -139,6 +128,27 @@ class Gatherer:
         parts = Parts(Ranks.of_this_run() if is_sharded else ranks, shapes, keeps_whole=not is_sharded)
         metadata = self._metadata(pl_module, task, evidence.num_used)
         return Gathered(normalise(scores, self.config, self.bits, parts), evidence.num_used, metadata, shapes)
+
+    def evidence(
+        self, trainer: Trainer, pl_module: Any, task_index: int, num_samples: int | None = None, **options: Any
+    ) -> Evidence:
+        """The rows that a task is scored on, and the parameters."""
+        return task_evidence(
+            trainer,
+            pl_module,
+            task_index,
+            self.parameters,
+            num_samples or self.num_samples,
+            seed=self.seed,
+            batch_size=self.batch_size,
+            per_sample=self.per_sample,
+            config=self.config,
+            **options,
+        )
+
+    def names(self, model: nn.Module) -> list[str]:
+        """Of the parameters that are scored."""
+        return matching_parameters(model, self.parameters)
 
     def samples(self, trainer: Trainer, pl_module: Any, task_index: int) -> Iterator[Sample]:
         """A task's training rows in a fixed random order, as samples."""

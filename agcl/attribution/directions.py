@@ -1,0 +1,155 @@
+"""Importance of the directions in which a weight matrix can move, instead of its entries one by one.
+
+A linear map ``z = W x`` answers an input ``x`` as before if its weights move by a ``dW`` with ``dW x = 0``. The entries
+of ``dW`` say little about that, since inputs lie along no axis. So this looks at the inputs ``x_t`` of a task's rows,
+each weighted by how much the answer's logits ``f`` rest on the map's output there, ``g_t = df/dz_t``:
+
+    A = sum over rows and tokens of |g_t|^2 x_t x_t^T
+
+A move of the weights by ``v u^T`` (``u`` of length 1) changes ``f`` at token ``t`` by ``(g_t v) (x_t u)``; its square,
+summed over an orthonormal basis of outputs ``v`` and over the tokens, is ``u^T A u``. Where ``u`` is an axis, it is the
+sensitivity of the weights of one input, token by token, summed over their column.
+
+Others who protect inputs instead of single weights: orthogonal weights modification (Zeng et al., Nature Machine
+Intelligence 2019, arXiv 1810.01256), gradient projection memory (Saha et al., ICLR 2021, arXiv 2103.09762), Adam-NSCL
+(Wang et al., CVPR 2021, arXiv 2103.07113). They count all inputs alike, and the latter two close directions wholly.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from agcl.attribution.estimators import Evidence, PerSampleGradient
+from agcl.attribution.passes import (
+    GradientRule,
+    Sample,
+    answer_logits,
+    innermost,
+    is_correct,
+    make_stand_ins,
+    recording,
+    rules_of,
+    selected_parameters,
+)
+from agcl.attribution.uses import ParameterUses, UnseenUseError, Use
+
+OnUse = Callable[[str, Use, Tensor], None]
+
+
+def find_matrices(model: nn.Module, parameters: Sequence[str], sample: Sample, rule: GradientRule) -> dict[str, bool]:
+    """Find the parameters that are weight matrices of linear maps.
+
+    Left out are embeddings, also where they are tied to the output's weights, everything that is no matrix, and what a
+    sample does not pass or that experts share out among tokens.
+
+    Args:
+        model: A causal language model.
+        parameters: Names to look among.
+        sample: Any.
+        rule: Under which the model will be seen.
+
+    Returns:
+        Name -> whether it is used as ``x W``, W of shape (in, out), instead of ``x W^T``; none, if the model uses
+        parameters in a way that is not known to be linear.
+
+    Raises:
+        UnsupportedModelError: As :func:`agcl.attribution.lrp.lrp_rules`.
+    """
+    kinds: dict[str, set[str]] = {}
+
+    def on_use(name: str, use: Use, output: Tensor) -> None:
+        is_whole = use.experts is None and output.requires_grad
+        kinds.setdefault(name, set()).add(use.kind if is_whole else "other")
+
+    try:
+        with recording():
+            _run(model, selected_parameters(model, parameters), [sample], rule, on_use)
+    except UnseenUseError:
+        return {}
+    return {n: k == {"transposed"} for n, k in kinds.items() if k in ({"linear"}, {"transposed"})}
+
+
+def input_moments(evidence: Evidence, estimator: PerSampleGradient) -> dict[str, Tensor]:
+    """``A`` of each matrix: second moments of its inputs, weighted by the squared gradient at its outputs.
+
+    Args:
+        evidence: Model, rows and the names of the matrices, as from :func:`find_matrices`; ``num_used`` is set.
+        estimator: Whose objective's gradient is taken, under its rules.
+
+    Returns:
+        Name -> float32, shape (in, in), symmetric, positive semi-definite; empty if no row is used.
+    """
+    selected, moments = evidence.selected(), dict[str, Tensor]()
+
+    def on_gradient(name: str, use: Use, upstream: Tensor) -> None:
+        weight = upstream.reshape(-1, upstream.shape[-1]).float().square().sum(1)
+        counts = weight.nonzero().flatten()  # padding, and rows that are answered wrongly, have none
+        inputs = use.inputs()
+        rows = inputs.reshape(-1, inputs.shape[-1])[counts].float()
+        moment = (rows * weight[counts, None]).T @ rows
+        moments[name] = moments[name].add_(moment) if name in moments else moment
+
+    def on_use(name: str, use: Use, output: Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(partial(on_gradient, name, use))
+
+    for batch in _batches(evidence):
+        with recording():
+            logits, roots = _run(evidence.model, selected, batch, estimator.rule, on_use)
+            pairs = [(row, sample.targets) for row, sample in zip(logits, batch, strict=True)]
+            terms = [estimator.objective(*pair) for pair in pairs if not evidence.only_correct or is_correct(*pair)]
+            if terms:
+                with torch.no_grad():
+                    torch.autograd.backward(torch.stack(terms).sum(), inputs=roots)
+        evidence.num_used += len(terms)
+        evidence.on_progress(len(terms))
+    return moments
+
+
+def _batches(evidence: Evidence) -> Iterator[list[Sample]]:
+    samples = iter(evidence.samples)
+    while missing := evidence.num_samples - evidence.num_used:
+        batch = list(itertools.islice(samples, min(evidence.batch_size, missing)))
+        if not batch:
+            return
+        yield batch
+
+
+def _run(
+    model: nn.Module, selected: dict[str, nn.Parameter], samples: list[Sample], rule: GradientRule, on_use: OnUse
+) -> tuple[list[Tensor], list[Tensor]]:
+    """One forward pass: the logits of the answers, and where the graph begins."""
+    stand_ins = make_stand_ins(model, selected)
+    length = max(len(sample.input_ids) for sample in samples)
+    uses = ParameterUses({name: stand_ins[name] for name in selected}, len(samples), length, on_use)
+    with rules_of(model, rule), innermost(model, uses):
+        logits = answer_logits(model, stand_ins, samples)
+    return logits, uses.roots
+
+
+def shares_kept(moment: Tensor, plasticity: float) -> tuple[Tensor, Tensor]:
+    """How far weights may move in each direction: ``p_i = c / (c + a_i)``, ``a_i`` the eigenvalues of ``A``.
+
+    Args:
+        moment: ``A``, shape (in, in), symmetric, positive semi-definite, not all zero.
+        plasticity: Mean of ``p``, which decides ``c``; in (0, 1).
+
+    Returns:
+        ``p``, shape (in,), float32, in (0, 1], the most important direction last; the directions, columns of a
+        tensor of shape (in, in), float32.
+    """
+    importance, directions = torch.linalg.eigh(moment.float())
+    importance = importance.double().clamp_(min=0)
+    low, high = -1074.0, 1024.0  # of log2 c
+    for _ in range(64):
+        middle = (low + high) / 2
+        c = 2.0**middle
+        if float((c / (c + importance)).mean()) < plasticity:
+            low = middle
+        else:
+            high = middle
+    c = 2.0**high
+    return (c / (c + importance)).float(), directions
