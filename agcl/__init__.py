@@ -17,6 +17,8 @@ _HOMES = {
     "ContinualLM": "agcl.module",
     "ContinualMonitor": "agcl.callbacks",
     "ContinualReport": "agcl.callbacks",
+    "DirectionalGate": "agcl.gating",
+    "Directions": "agcl.callbacks",
     "GeneralAbility": "agcl.callbacks",
     "GradientGate": "agcl.gating",
     "ImportanceConfig": "agcl.attribution",
@@ -42,6 +44,8 @@ __all__ = [
     "ContinualLM",
     "ContinualMonitor",
     "ContinualReport",
+    "DirectionalGate",
+    "Directions",
     "GeneralAbility",
     "GradientGate",
     "ImportanceConfig",
@@ -66,6 +70,7 @@ if TYPE_CHECKING:
         AttributionCallback,
         ContinualMonitor,
         ContinualReport,
+        Directions,
         GeneralAbility,
         StopOnSignal,
         TaskProgressBar,
@@ -75,7 +80,7 @@ if TYPE_CHECKING:
     from agcl.data.replay import Replay
     from agcl.data.tasks import Probe, Task
     from agcl.errors import AgclError, UnsupportedModelError
-    from agcl.gating import GradientGate, UpdateGate
+    from agcl.gating import DirectionalGate, GradientGate, UpdateGate
     from agcl.integrations.pytorch import gate
     from agcl.module import ContinualLM
     from agcl.schedules import WarmupDecay

@@ -102,8 +102,9 @@ def input_moments(evidence: Evidence, estimator: PerSampleGradient) -> dict[str,
             pairs = [(row, sample.targets) for row, sample in zip(logits, batch, strict=True)]
             terms = [estimator.objective(*pair) for pair in pairs if not evidence.only_correct or is_correct(*pair)]
             if terms:
-                with torch.no_grad():
-                    torch.autograd.backward(torch.stack(terms).sum(), inputs=roots)
+                total = torch.stack(terms).sum()
+                with torch.no_grad():  # in the hooks
+                    torch.autograd.backward(total, inputs=roots)
         evidence.num_used += len(terms)
         evidence.on_progress(len(terms))
     return moments
@@ -143,7 +144,8 @@ def shares_kept(moment: Tensor, plasticity: float) -> tuple[Tensor, Tensor]:
     """
     importance, directions = torch.linalg.eigh(moment.float())
     importance = importance.double().clamp_(min=0)
-    low, high = -1074.0, 1024.0  # of log2 c
+    importance /= importance.max()
+    low, high = -200.0, 200.0  # of log2 c
     for _ in range(64):
         middle = (low + high) / 2
         c = 2.0**middle

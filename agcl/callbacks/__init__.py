@@ -1,6 +1,7 @@
 """Lightning callbacks that join attribution, gating and metrics to training."""
 
 from agcl.callbacks.attribution import AttributionCallback
+from agcl.callbacks.directions import Directions
 from agcl.callbacks.general_ability import GeneralAbility
 from agcl.callbacks.monitor import ContinualMonitor
 from agcl.callbacks.progress import TaskProgressBar
@@ -11,6 +12,7 @@ __all__ = [
     "AttributionCallback",
     "ContinualMonitor",
     "ContinualReport",
+    "Directions",
     "GeneralAbility",
     "StopOnSignal",
     "TaskProgressBar",

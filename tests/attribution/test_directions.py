@@ -1,0 +1,100 @@
+import pytest
+import torch
+from tiny_decoders import IDS, POSITIONS, TARGETS, tiny_gpt2, tiny_llama
+
+from agcl.attribution.directions import find_matrices, input_moments, shares_kept
+from agcl.attribution.estimators import LRP, Evidence
+from agcl.attribution.passes import Sample
+
+SAMPLE = Sample(IDS[0], POSITIONS, TARGETS)
+LONGER = Sample(torch.tensor([1, 4, 4, 8, 2, 11, 20, 6, 3]), torch.tensor([2, 5, 7]), torch.tensor([1, 2, 3]))
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def names_of(model):
+    return [name for name, _ in model.named_parameters()]
+
+
+def evidence_of(model, samples, **options):
+    names = list(find_matrices(model, names_of(model), SAMPLE, "none"))
+    return Evidence(model, names, samples, len(samples), **{"only_correct": False, **options})
+
+
+def reference(model, name, samples):
+    """By module hooks, one sample at a time."""
+    module, total = model.get_submodule(name.removesuffix(".weight")), 0
+    for sample in samples:
+        seen = {}
+
+        def keep(module, args, output, seen=seen):
+            seen["x"] = args[0].detach()[0]
+            output.register_hook(lambda gradient: seen.update(g=gradient[0]))
+
+        handle = module.register_forward_hook(keep)
+        logits = model(sample.input_ids[None]).logits[0]
+        logits[sample.positions, sample.targets].sum().backward()
+        handle.remove()
+        total = total + sum(g.square().sum() * torch.outer(x, x) for x, g in zip(seen["x"], seen["g"], strict=True))
+    return total
+
+
+def test_matrices_are_the_linear_maps_alone():
+    found = find_matrices(tiny_llama(), names_of(tiny_llama()), SAMPLE, "attnlrp")
+    assert len(found) == 14
+    assert all(name.split(".")[-2] in PROJECTIONS and not is_transposed for name, is_transposed in found.items())
+    untied = tiny_llama(tied=False)
+    assert "lm_head.weight" in find_matrices(untied, names_of(untied), SAMPLE, "attnlrp")
+    gpt2 = find_matrices(tiny_gpt2(), names_of(tiny_gpt2()), SAMPLE, "none")
+    assert set(gpt2.values()) == {True}
+    assert all(name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")) for name in gpt2)
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_moments_are_the_inputs_weighted_by_the_squared_gradient_at_the_output(make, batch_size):
+    model, samples = make(), [SAMPLE, LONGER]
+    moments = input_moments(evidence_of(model, samples, batch_size=batch_size), LRP(rule="none"))
+    assert moments
+    for name, moment in moments.items():
+        expected = reference(model, name, samples)
+        assert torch.allclose(moment.double(), expected, rtol=1e-4, atol=1e-5 * expected.abs().max()), name
+
+
+def test_a_direction_that_no_input_has_does_not_count():
+    model = tiny_llama()
+    moments = input_moments(evidence_of(model, [SAMPLE]), LRP())
+    for moment in moments.values():  # 7 tokens, of which at most 7 directions are met
+        values = torch.linalg.eigvalsh(moment.double())
+        assert values[-1] > 0
+        assert values[: len(moment) - 7].abs().max() < 1e-5 * values[-1]
+
+
+def test_rows_answered_wrongly_do_not_count():
+    model = tiny_llama()
+    right = model(LONGER.input_ids[None]).logits[0, LONGER.positions].argmax(-1)
+    known = Sample(LONGER.input_ids, LONGER.positions, right)
+    evidence = evidence_of(model, [SAMPLE, known], batch_size=2, only_correct=True)
+    moments = input_moments(evidence, LRP())
+    alone = input_moments(evidence_of(model, [known]), LRP())
+    assert evidence.num_used == 1
+    for name, moment in moments.items():
+        assert torch.allclose(moment, alone[name], rtol=1e-4, atol=1e-6 * float(alone[name].abs().max()))
+    nothing = evidence_of(model, [SAMPLE], only_correct=True)
+    assert input_moments(nothing, LRP()) == {}
+    assert nothing.num_used == 0
+
+
+@pytest.mark.parametrize("plasticity", [0.1, 0.5, 0.9])
+def test_shares_are_soft_and_have_the_wanted_mean(plasticity):
+    importance = torch.tensor([3.0, 1e-3, 50.0, 0.2])
+    rotation = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(0))).Q
+    shares, directions = shares_kept((rotation * importance) @ rotation.T, plasticity)
+    assert float(shares.mean()) == pytest.approx(plasticity, abs=1e-5)
+    c = shares.double() * importance.sort().values / (1 - shares.double())
+    assert torch.allclose(c, c.mean().expand(4), rtol=1e-2)
+    assert abs(float(directions[:, -1] @ rotation[:, 2])) == pytest.approx(1, abs=1e-4)
+
+
+def test_where_most_directions_are_free_the_others_are_closed():
+    shares, _ = shares_kept(torch.diag(torch.tensor([0.0, 0.0, 0.0, 1.0])), 0.5)
+    assert torch.equal(shares, torch.tensor([1.0, 1.0, 1.0, 0.0]))

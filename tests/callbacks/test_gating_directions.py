@@ -1,0 +1,156 @@
+"""AttributionCallback with `directions`, in whole runs on a tiny model."""
+
+import pytest
+import torch
+from helpers import EPOCHS, CrashAt, CrashError, attribution, build, trainer_for, weights
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from agcl.attribution.estimators import Wanda
+from agcl.callbacks import Directions
+from agcl.errors import AgclError
+
+
+def by_direction(plasticity=0.5, every=1, **options):
+    return attribution(directions=Directions(plasticity, every), **options)
+
+
+class WeightsAtBoundaries(Callback):
+    def __init__(self):
+        self.weights = []
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        if pl_module.tasks.ends_at(trainer.current_epoch):
+            self.weights.append(weights(pl_module.model))
+
+
+def fit(folder, files, run_dir, callback, **options):
+    model, data = build(folder, files)
+    boundaries = WeightsAtBoundaries()
+    trainer = trainer_for(data, run_dir, [callback, boundaries], **options)
+    trainer.fit(model, datamodule=data)
+    return model, boundaries.weights
+
+
+def test_matrices_hardly_move_in_the_directions_that_the_first_task_needs(
+    llama_folder, task_files, tmp_path, knowing, monkeypatch
+):
+    callback = by_direction(0.2, every=2)
+    moments = {}
+    learn = callback._directions.learn
+
+    def keep(evidence):
+        learn(evidence)
+        moments.update({} if moments else {name: tensor.clone() for name, tensor in callback._directions.moments.items()})
+
+    monkeypatch.setattr(callback._directions, "learn", keep)
+    _, (first, second, _) = fit(llama_folder, task_files, tmp_path / "own", callback)
+    _, (_, shuffled, _) = fit(
+        llama_folder, task_files, tmp_path / "shuffled", by_direction(0.2, every=2, control="shuffled")
+    )
+
+    def effect(after, name):
+        moved = after[name] - first[name]
+        return float((moved @ moments[name] * moved).sum() / moved.square().sum())
+
+    assert len(moments) == 14
+    for name in moments:
+        assert effect(second, name) < 0.1 * effect(shuffled, name), name
+
+
+def test_the_budget_is_the_same_for_each_task(llama_folder, task_files, tmp_path, knowing):
+    means = []
+
+    class Mean(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            plasticity = callback.plasticity()
+            means.append({n: p for n, p in plasticity.items() if n.endswith("proj.weight")})
+            assert not plasticity or set(plasticity) == set(callback.importance)
+
+    callback = by_direction(0.7)
+    model, data = build(llama_folder, task_files)
+    trainer_for(data, tmp_path, [callback, Mean()]).fit(model, datamodule=data)
+    assert means[0] == {}
+    for gated in (means[2 * EPOCHS], means[-1]):
+        assert len(gated) == 14
+        assert all(mean == pytest.approx(0.7, abs=1e-3) for mean in gated.values())
+    assert callback.plasticity() == {}  # no gate is left behind
+
+
+def test_uniform_control_is_the_budget_in_every_direction(llama_folder, task_files, tmp_path, knowing):
+    model, data = build(llama_folder, task_files)
+    seen = []
+
+    class Maps(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if trainer.current_epoch == EPOCHS:
+                seen.extend(kept for kept, _ in callback._directions._gate._maps.values())
+
+    callback = by_direction(0.6, control="flattened")
+    trainer_for(data, tmp_path, [callback, Maps()]).fit(model, datamodule=data)
+    assert seen
+    assert all(torch.allclose(kept, 0.6 * torch.eye(len(kept)), atol=1e-3) for kept in seen)
+
+
+@pytest.mark.parametrize("crash_at", [8, 9, 12])
+def test_resumed_run_equals_the_straight_one(llama_folder, task_files, tmp_path, knowing, crash_at):
+    straight, _ = fit(llama_folder, task_files, tmp_path / "straight", by_direction(every=2))
+    model, data = build(llama_folder, task_files)
+    saving = ModelCheckpoint(tmp_path / "kept", filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    with pytest.raises(CrashError):
+        trainer_for(
+            data, tmp_path / "killed", [by_direction(every=2), CrashAt(crash_at), saving], enable_checkpointing=True
+        ).fit(model, datamodule=data)
+    model, data = build(llama_folder, task_files)
+    trainer = trainer_for(data, tmp_path / "resumed", [by_direction(every=2)])
+    trainer.fit(model, datamodule=data, ckpt_path=tmp_path / "kept" / f"step={crash_at - 1}.ckpt")
+    for name, parameter in weights(straight.model).items():
+        assert torch.equal(parameter, weights(model.model)[name]), name
+
+
+def test_a_run_goes_on_as_it_began(llama_folder, task_files, tmp_path, knowing):
+    model, data = build(llama_folder, task_files)
+    saving = ModelCheckpoint(tmp_path / "kept", filename="last", every_n_epochs=1)
+    with pytest.raises(CrashError):
+        trainer_for(data, tmp_path, [attribution(), CrashAt(8), saving], enable_checkpointing=True).fit(
+            model, datamodule=data
+        )
+    model, data = build(llama_folder, task_files)
+    with pytest.raises(AgclError, match="computed without `directions`; keep to it"):
+        trainer_for(data, tmp_path, [by_direction()]).fit(
+            model, datamodule=data, ckpt_path=tmp_path / "kept" / "last.ckpt"
+        )
+
+
+def test_bytes_are_counted(llama_folder, task_files, tmp_path, knowing):
+    callback, found = by_direction(), []
+
+    class Count(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            found.append(callback.extra_bytes())
+
+    model, data = build(llama_folder, task_files[:2])
+    trainer_for(data, tmp_path, [callback, Count()]).fit(model, datamodule=data)
+    entries = sum(parameter.numel() for parameter in model.model.parameters())
+    matrices = [p for name, p in model.model.named_parameters() if name.endswith("proj.weight")]
+    assert found[-1] == entries + sum(4 * (p.numel() + 2 * p.shape[1] ** 2) for p in matrices)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Directions(plasticity=1.0), "`directions.plasticity` is 1.0"),
+        (lambda: Directions(every=0), "`directions.every` is 0"),
+        (lambda: by_direction(estimator=Wanda()), "the estimator Wanda does not take"),
+        (lambda: by_direction(source="single_task"), "`directions` and `source: single_task` do not work together"),
+        (lambda: by_direction(reestimate=2), "`directions` and `reestimate` do not work together"),
+    ],
+)
+def test_bad_options_are_refused(make, message):
+    with pytest.raises(AgclError, match=message):
+        make()
+
+
+def test_without_a_matrix_it_is_refused_before_training(llama_folder, task_files, tmp_path):
+    with pytest.raises(AgclError, match="none of the selected parameters is one"):
+        fit(llama_folder, task_files, tmp_path, by_direction(parameters="norm"))
