@@ -41,7 +41,9 @@ def test_matrices_hardly_move_in_the_directions_that_the_first_task_needs(
 
     def keep(evidence):
         learn(evidence)
-        moments.update({} if moments else {name: tensor.clone() for name, tensor in callback._directions.moments.items()})
+        moments.update(
+            {} if moments else {name: tensor.clone() for name, tensor in callback._directions.moments.items()}
+        )
 
     monkeypatch.setattr(callback._directions, "learn", keep)
     _, (first, second, _) = fit(llama_folder, task_files, tmp_path / "own", callback)
