@@ -36,6 +36,7 @@ from agcl.attribution.passes import (
 )
 from agcl.attribution.uses import ParameterUses, UnseenUseError, Use
 
+_ROUNDING = 1e-12  # of a squared gradient
 OnUse = Callable[[str, Use, Tensor], None]
 
 
@@ -72,12 +73,13 @@ def find_matrices(model: nn.Module, parameters: Sequence[str], sample: Sample, r
     return {n: k == {"transposed"} for n, k in kinds.items() if k in ({"linear"}, {"transposed"})}
 
 
-def input_moments(evidence: Evidence, estimator: PerSampleGradient) -> dict[str, Tensor]:
+def input_moments(evidence: Evidence, estimator: PerSampleGradient, *, weighted: bool = True) -> dict[str, Tensor]:
     """``A`` of each matrix: second moments of its inputs, weighted by the squared gradient at its outputs.
 
     Args:
         evidence: Model, rows and the names of the matrices, as from :func:`find_matrices`; ``num_used`` is set.
         estimator: Whose objective's gradient is taken, under its rules.
+        weighted: If not, every input on which the objective rests at all counts alike.
 
     Returns:
         Name -> float32, shape (in, in), symmetric, positive semi-definite; empty if no row is used.
@@ -86,10 +88,11 @@ def input_moments(evidence: Evidence, estimator: PerSampleGradient) -> dict[str,
 
     def on_gradient(name: str, use: Use, upstream: Tensor) -> None:
         weight = upstream.reshape(-1, upstream.shape[-1]).float().square().sum(1)
-        counts = weight.nonzero().flatten()  # padding, and rows that are answered wrongly, have none
+        # Padding, and rows that are answered wrongly, have none; rounding errors are no reason to count alike.
+        counts = (weight > weight.max() * _ROUNDING).nonzero().flatten()
         inputs = use.inputs()
         rows = inputs.reshape(-1, inputs.shape[-1])[counts].float()
-        moment = (rows * weight[counts, None]).T @ rows
+        moment = (rows * weight[counts, None] if weighted else rows).T @ rows
         moments[name] = moments[name].add_(moment) if name in moments else moment
 
     def on_use(name: str, use: Use, output: Tensor) -> None:

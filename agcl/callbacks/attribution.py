@@ -75,8 +75,9 @@ class AttributionCallback(Callback):
         control: ``shuffled`` permutes the importance within each tensor, ``flattened`` makes it uniform: gates of equal
             mean without attribution, to compare with. Under ``directions``, ``shuffled`` takes random directions.
         directions: Gate weight matrices by direction: ``plasticity``, the mean share that a matrix may go of its way,
-            the same for each task, and ``every``, how many steps pass between two products with the gate's map. For
-            estimators made of gradients, in one process or under DDP. None: every weight is gated on its own.
+            the same for each task; ``every``, how many steps pass between two products with the gate's map;
+            ``weighted: false`` counts all inputs alike, a control. For estimators made of gradients, in one process or
+            under DDP. None: every weight is gated on its own.
         seed: Choice of the rows; permutation of the shuffled control; the data module's if left out.
 
     Raises:

@@ -24,6 +24,8 @@ class Directions:
         plasticity: Mean share of its way that a matrix may go, over all directions of its inputs, in (0, 1). The
             budget is the same for each task, so that nothing saturates; a smaller one wants a higher learning rate.
         every: Optimizer steps from one product with the map to the next; more are cheaper where batches are small.
+        weighted: Whether inputs count by how much the answers rest on them; if not, all alike, to compare with.
+        weighted: Whether inputs count by how much the answers rest on them; if not, all alike, to compare with.
 
     Raises:
         AgclError: For other values.
@@ -31,6 +33,7 @@ class Directions:
 
     plasticity: float = 0.8
     every: int = 1
+    weighted: bool = True
 
     def __post_init__(self) -> None:
         if not 0 < self.plasticity < 1:
@@ -78,7 +81,8 @@ class DirectionsSoFar:
     def learn(self, evidence: Evidence) -> None:
         """Take in the task just learned; the model is the one that learned it."""
         evidence.parameters = [name for name in evidence.parameters if name in self._transposed]
-        for name, moment in input_moments(evidence, self._estimator).items():
+        moments = input_moments(evidence, self._estimator, weighted=self._options.weighted)
+        for name, moment in moments.items():
             self.moments[name] = self.moments[name] + moment if name in self.moments else moment
 
     def attach(self, optimizer: torch.optim.Optimizer, model: nn.Module, seed: int) -> None:
