@@ -83,7 +83,8 @@ class DirectionsSoFar:
         evidence.parameters = [name for name in evidence.parameters if name in self._transposed]
         moments = input_moments(evidence, self._estimator, weighted=self._options.weighted)
         for name, moment in moments.items():
-            self.moments[name] = self.moments[name] + moment if name in self.moments else moment
+            if moment.any():  # else the answers do not rest on it
+                self.moments[name] = self.moments[name] + moment if name in self.moments else moment
 
     def attach(self, optimizer: torch.optim.Optimizer, model: nn.Module, seed: int) -> None:
         """Gate what is learned from now on."""
