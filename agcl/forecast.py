@@ -69,6 +69,9 @@ class ModelSize:
         width: Size of the hidden state.
         inner: Width inside the MLP (of all experts that a token is sent to).
         vocabulary: Number of tokens.
+        matrices: Number of weights that are gated by direction.
+        squares: Sum over those matrices of their inputs squared.
+        products: Multiplications of those matrices with their maps.
     """
 
     weights: int
@@ -79,6 +82,9 @@ class ModelSize:
     width: int
     inner: int
     vocabulary: int
+    matrices: int = 0
+    squares: int = 0
+    products: int = 0
 
 
 @dataclass(frozen=True)
@@ -136,6 +142,7 @@ class Settings:
         aggregation: ``mean`` over samples, or the mean of the K largest, by ``blocks`` or ``exact``.
         top_k: K.
         gradient_checkpointing: Whether activations are computed again in the backward pass.
+        directions_every: Steps from one product with the maps of directions to the next.
     """
 
     precision: Precision = "bf16-mixed"
@@ -148,6 +155,7 @@ class Settings:
     aggregation: Literal["mean", "blocks", "exact"] = "mean"
     top_k: int = 8
     gradient_checkpointing: bool = False
+    directions_every: int = 1
 
     def __post_init__(self) -> None:
         for option, table in (("precision", _WEIGHT_BYTES), ("aggregation", _ATTRIBUTION_FACTOR)):
@@ -261,6 +269,8 @@ def _kept(size: ModelSize, settings: Settings) -> dict[str, int]:
     }
     if settings.gate and not settings.importance_on_host:
         kept["importance"] = size.gated * settings.importance_bytes // shards
+    if size.matrices:  # moments, maps, and the matrices as they were
+        kept["directions"] = 8 * size.squares + size.matrices * width
     if shards > 1:
         kept["gathered layers"] = 2 * size.weights // max(size.layers, 1) * width
     return kept
@@ -317,6 +327,8 @@ def _seconds(size: ModelSize, settings: Settings, work: Work, machine: Machine) 
     share = size.gated / settings.shards
     row = max(work.tokens * each_token, shortest) * _ATTRIBUTION_FACTOR[settings.aggregation]
     seconds["gate"] = work.steps * share * _GATE_BYTES / machine.bandwidth
+    if size.products:
+        seconds["directions"] = work.steps * 2 * size.products / machine.flops[0] / settings.directions_every
     seconds["attribution"] = work.num_tasks * math.ceil(work.samples / settings.devices) * row
     # Each process sorts all tensors, one after the other.
     seconds["normalising importance"] = work.num_tasks * size.gated * _NORMALISING_SECONDS
@@ -326,7 +338,7 @@ def _seconds(size: ModelSize, settings: Settings, work: Work, machine: Machine) 
 def _files(size: ModelSize, settings: Settings, work: Work) -> dict[str, int]:
     width = _WEIGHT_BYTES[settings.precision]
     importance = size.gated * settings.importance_bytes if settings.gate else 0
-    checkpoint = size.weights * width + int(size.trained * settings.state_bytes) + importance
+    checkpoint = size.weights * width + int(size.trained * settings.state_bytes) + importance + 4 * size.squares
     files = {"one checkpoint": checkpoint}
     if settings.gate:
         files["importance of all tasks"] = size.gated * work.num_tasks

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any, Literal
@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from agcl.callbacks import AttributionCallback
 from agcl.configurations import all_callbacks
@@ -86,19 +87,21 @@ def model_size(model: Any, callback: Any) -> ModelSize:
     """
     built = weightless_model(model)
     gated = {} if callback is None else gated_sizes(built, callback.get("parameters", ""))
-    return size_of(built, gated)
+    return size_of(built, gated, by_direction=bool(callback and callback.get("directions")))
 
 
-def size_of(built: Any, gated: dict[str, int]) -> ModelSize:
+def size_of(built: Any, gated: dict[str, int], *, by_direction: bool = False) -> ModelSize:
     """What of a model decides memory and time.
 
     Args:
         built: The model, with its adapter if it has one.
         gated: Name -> number of entries of the parameters that get importance.
+        by_direction: Whether matrices are gated by the directions of their inputs.
     """
     text = built.config.get_text_config()
     inner = getattr(text, "moe_intermediate_size", None) or getattr(text, "intermediate_size", None)
     inner = inner or getattr(text, "n_inner", None) or 4 * text.hidden_size
+    matrices = list(_matrices(built, gated)) if by_direction else []
     return ModelSize(
         weights=sum(parameter.numel() for parameter in built.parameters()),
         trained=sum(parameter.numel() for parameter in built.parameters() if parameter.requires_grad),
@@ -108,7 +111,21 @@ def size_of(built: Any, gated: dict[str, int]) -> ModelSize:
         width=text.hidden_size,
         inner=inner * (getattr(text, "num_experts_per_tok", None) or 1),
         vocabulary=text.vocab_size,
+        matrices=sum(inputs * outputs for inputs, outputs in matrices),
+        squares=sum(inputs**2 for inputs, _ in matrices),
+        products=sum(inputs**2 * outputs for inputs, outputs in matrices),
     )
+
+
+def _matrices(model: nn.Module, gated: dict[str, int]) -> Iterator[tuple[int, int]]:
+    """Inputs and outputs of each linear map whose weights are gated and not those of the embedding, too."""
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    for name, module in model.named_modules():
+        if f"{name}.weight" in gated and id(module.weight) not in embeddings:
+            if isinstance(module, nn.Linear):
+                yield module.in_features, module.out_features
+            elif isinstance(module, Conv1D):
+                yield module.weight.shape[0], module.weight.shape[1]
 
 
 def weightless_model(model: Any) -> Any:
@@ -172,6 +189,7 @@ def read_settings(config: Any, machine: Machine) -> Settings:
         importance_on_host=callback.get("importance_on", "device") == "host",
         aggregation="mean" if top_k is None else importance.get("top_k_method", "blocks"),
         top_k=top_k or 1,
+        directions_every=(callback.get("directions") or {}).get("every", 1),
     )
 
 

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from agcl import planning
 from agcl.cli import main
-from agcl.forecast import MACHINES
+from agcl.forecast import MACHINES, Work, forecast
 from agcl.lightning_cli import FitConfiguration
 
 LORA = {"peft_type": "LORA", "r": 4, "target_modules": "all-linear"}
@@ -45,6 +45,24 @@ def test_only_named_parameters_count_as_gated(llama_folder, task_files, tmp_path
     without = configuration(write_config(llama_folder, task_files, tmp_path, trainer__callbacks=[]))
     assert planning.model_size(without.model, planning.attribution_options(without)).gated == 0
     assert not planning.read_settings(without, MACHINES["cpu"]).gate
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_directions_are_forecast_from_the_shapes_of_the_matrices(request, task_files, tmp_path, family):
+    options = {"directions": {"plasticity": 0.5, "every": 4}}
+    callbacks = [{"class_path": "agcl.AttributionCallback", "init_args": options}]
+    folder = request.getfixturevalue(f"{family}_folder")
+    config = configuration(write_config(folder, task_files, tmp_path, trainer__callbacks=callbacks))
+    size = planning.model_size(config.model, planning.attribution_options(config))
+    # (inputs, outputs) of the maps of a block; the output's weights are the embedding's
+    llama = [(16, 16), (16, 8), (16, 8), (16, 16), (16, 32), (16, 32), (32, 16)]
+    block = llama if family == "llama" else [(16, 48), (16, 16), (16, 64), (64, 16)]
+    assert size.matrices == 2 * sum(i * o for i, o in block)
+    assert size.squares == 2 * sum(i * i for i, _ in block)
+    found = forecast(size, planning.read_settings(config, MACHINES["cpu"]), Work(2, 100), MACHINES["cpu"])
+    assert found.kept["directions"] == 8 * size.squares + 4 * size.matrices
+    products = 2 * sum(i * i * o for i, o in block)
+    assert found.seconds["directions"] == pytest.approx(100 / 4 * 2 * products / MACHINES["cpu"].flops[0])
 
 
 def test_a_callback_may_stand_alone_or_among_the_extra_ones(llama_folder, task_files, tmp_path):
