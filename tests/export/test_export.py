@@ -11,7 +11,6 @@ from helpers import attribution, build, trainer_for
 from huggingface_hub import ModelCard
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
-from matplotlib.figure import Figure
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -45,7 +44,7 @@ def run(request, llama_folder, task_files, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("agcl.attribution.relevance.is_correct", lambda logits, targets: True)
-        patch.setattr("agcl.callbacks.report.plot_score_matrix", lambda *args, **kwargs: (Figure((1, 1)), None))
+        patch.setattr("agcl.callbacks.report.score_matrix_picture", lambda results: b"")
         options = {"task_options": {"epochs": EPOCHS}, "adapter": ADAPTERS[request.param]}
         model, data = build(llama_folder, task_files, **options)
         checkpoints = ModelCheckpoint(folder / "checkpoints", "{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
