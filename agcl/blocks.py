@@ -1,6 +1,10 @@
-"""Which decoder block a parameter belongs to, by its name."""
+"""Where in the model a parameter sits, by its name, and means by layer."""
 
 import re
+from collections.abc import Mapping
+
+_GENERIC_PARTS = {"model", "transformer", "base_model", "base_layer", "modules_to_save", "weight", "bias", "default"}
+_AMBIGUOUS_KINDS = {"c_proj", "lora_A", "lora_B"}  # in one layer they occur in several modules
 
 
 def block_number(parameter_name: str) -> int | None:
@@ -12,3 +16,55 @@ def block_number(parameter_name: str) -> int | None:
     """
     number = re.search(r"(?:^|\.)(\d+)\.", parameter_name)
     return int(number[1]) if number else None
+
+
+def layer_of(parameter_name: str) -> str:
+    """Where a parameter sits: ``layer 07`` for one of the eighth block, else its own name (``embed_tokens``, ``norm``).
+
+    Example:
+        >>> layer_of("model.layers.7.mlp.up_proj.weight"), layer_of("model.embed_tokens.weight")
+        ('layer 07', 'embed_tokens')
+    """
+    number = block_number(parameter_name)
+    return kind_of(parameter_name) if number is None else f"layer {number:02d}"
+
+
+def kind_of(parameter_name: str) -> str:
+    """What a parameter belongs to: the last telling part of its name.
+
+    Example:
+        >>> kind_of("model.layers.7.mlp.up_proj.weight"), kind_of("transformer.h.0.attn.c_attn.bias")
+        ('up_proj', 'c_attn')
+    """
+    parts = [part for part in parameter_name.split(".") if part not in _GENERIC_PARTS]
+    if len(parts) > 1 and parts[-1] in _AMBIGUOUS_KINDS:
+        return ".".join(parts[-2:])
+    return parts[-1] if parts else parameter_name
+
+
+def layer_order(layer: str) -> tuple[bool, int, str]:
+    """Sorting key of what :func:`layer_of` gives: layers by number, then everything else by name."""
+    number = re.fullmatch(r"layer (\d+)", layer)
+    return number is None, int(number[1]) if number else 0, layer
+
+
+def mean_by_layer(means: Mapping[str, tuple[float, int]]) -> dict[str, tuple[float, int]]:
+    """Means over parameters as means over the weights of each layer.
+
+    Args:
+        means: Parameter name -> mean over its entries, and their number.
+
+    Returns:
+        Layer, as :func:`layer_of` names it -> mean over its weights, and their number; layers in order. Those without
+        any weight are left out.
+
+    Example:
+        >>> mean_by_layer({"norm.weight": (1.0, 2), "layers.0.up.weight": (0.5, 30), "layers.0.up.bias": (0.9, 10)})
+        {'layer 00': (0.6, 40), 'norm': (1.0, 2)}
+    """
+    sums: dict[str, tuple[float, int]] = {}
+    for name, (mean, number) in means.items():
+        total, count = sums.get(layer_of(name), (0.0, 0))
+        sums[layer_of(name)] = total + mean * number, count + number
+    in_order = sorted(sums.items(), key=lambda item: layer_order(item[0]))
+    return {layer: (total / count, count) for layer, (total, count) in in_order if count}

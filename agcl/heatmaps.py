@@ -28,4 +28,5 @@ def write_numbers(ax: Any, grid: Sequence[Sequence[float]], *, fontsize: float, 
                     fontsize=fontsize,
                     color="white" if value < DARK_BELOW else "black",
                     fontweight="bold" if bold and bold[column] == row else "normal",
+                    in_layout=False,  # a number stays inside of its cell, so that nobody need measure it
                 )

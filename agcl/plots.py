@@ -12,45 +12,13 @@ from torch import Tensor
 
 from agcl.attribution.artefact import LazyImportance, shapes_of
 from agcl.attribution.levels import CHUNK, DTYPES, MAX_LEVEL, bits_of, chunks, histogram
-from agcl.blocks import block_number
+from agcl.blocks import kind_of, layer_of, layer_order
 from agcl.errors import AgclError
 from agcl.heatmaps import write_numbers
 
 _IMPORTANCE, _PLASTICITY = "mean importance\n0: free, 1: frozen", "mean plasticity\n0: frozen, 1: free"
 _INCHES = 0.05  # height of a character in a slanted label
 _DIGIT = 2**16 - 1
-_GENERIC_PARTS = {"model", "transformer", "base_model", "base_layer", "modules_to_save", "weight", "bias", "default"}
-_AMBIGUOUS_KINDS = {"c_proj", "lora_A", "lora_B"}  # in one layer they occur in several modules
-
-
-def layer_of(parameter_name: str) -> str:
-    """Where a parameter sits: ``layer 07`` for one of the eighth block, else its own name (``embed_tokens``, ``norm``).
-
-    Example:
-        >>> layer_of("model.layers.7.mlp.up_proj.weight"), layer_of("model.embed_tokens.weight")
-        ('layer 07', 'embed_tokens')
-    """
-    number = block_number(parameter_name)
-    return kind_of(parameter_name) if number is None else f"layer {number:02d}"
-
-
-def kind_of(parameter_name: str) -> str:
-    """What a parameter belongs to: the last telling part of its name.
-
-    Example:
-        >>> kind_of("model.layers.7.mlp.up_proj.weight"), kind_of("transformer.h.0.attn.c_attn.bias")
-        ('up_proj', 'c_attn')
-    """
-    parts = [part for part in parameter_name.split(".") if part not in _GENERIC_PARTS]
-    if len(parts) > 1 and parts[-1] in _AMBIGUOUS_KINDS:
-        return ".".join(parts[-2:])
-    return parts[-1] if parts else parameter_name
-
-
-def layer_order(layer: str) -> tuple[bool, int, str]:
-    """Sorting key of what :func:`layer_of` gives: layers by number, then everything else by name."""
-    number = re.fullmatch(r"layer (\d+)", layer)
-    return number is None, int(number[1]) if number else 0, layer
 
 
 def plot_importance_map(importance: Mapping[str, Tensor], title: str | None = None) -> tuple[Figure, Any]:

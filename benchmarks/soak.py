@@ -5,9 +5,9 @@ The callbacks are those of `agcl fit`: report with figures, monitor with TensorB
 OMP_NUM_THREADS=1 python benchmarks/soak.py [--tasks 15] [--epochs 4]
 
 Every row counts as answered correctly, so that every task is attributed: the machinery is watched, not learning.
-Times are wall seconds of a task's training epochs and of everything between them and the next task's (attribution, the
-importance file, scoring of all tasks, which grows with their number unless only one is scored). On a machine that does
-other things as well they scatter; memory and counts do not.
+Times are this process's processor seconds, so that other work on the machine matters little: of a task's training
+epochs, and of everything between them and the next task's (attribution, the importance file, pictures, scoring of all
+tasks).
 """
 
 import argparse
@@ -78,7 +78,7 @@ class Watch(Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if pl_module.task_index == self._task:
             return
-        now = time.perf_counter()
+        now = time.process_time()
         if self._task is not None:
             self.boundary.append(now - self._since)
         self._task = pl_module.task_index
@@ -90,12 +90,12 @@ class Watch(Callback):
                 "bytes of tensors": tensor_bytes(),
             }
         )
-        self._since = time.perf_counter()
+        self._since = time.process_time()
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         is_last = trainer.is_last_batch and pl_module.tasks.ends_at(trainer.current_epoch)
         if is_last:
-            now = time.perf_counter()
+            now = time.process_time()
             self.training.append(now - self._since)
             self._since = now
 

@@ -5,13 +5,12 @@ import torch
 
 from agcl.attribution import levels as levels_module
 from agcl.attribution import open_importance, save_importance
+from agcl.blocks import kind_of, layer_of, mean_by_layer
 from agcl.errors import AgclError
 from agcl.plots import (
     importance_overlap,
     importance_overlaps,
     join_characters,
-    kind_of,
-    layer_of,
     plot_importance_map,
     plot_importance_overlap,
     plot_plasticity,
@@ -37,6 +36,16 @@ from agcl.plots import (
 )
 def test_names_are_parsed(name, layer, kind):
     assert (layer_of(name), kind_of(name)) == (layer, kind)
+
+
+def test_means_of_layers_weigh_each_weight_alike():
+    values = {name: levels.double() / 255 for name, levels in importance(0).items()}
+    values["model.layers.1.norm.weight"] = torch.ones(3, dtype=torch.float64)
+    means = mean_by_layer({name: (float(v.mean()), v.numel()) for name, v in values.items()} | {"empty": (0.0, 0)})
+    assert list(means) == ["layer 00", "layer 01", "layer 02", "embed_tokens"]
+    for layer, (mean, count) in means.items():
+        own = torch.cat([v.flatten() for name, v in values.items() if layer_of(name) == layer])
+        assert (mean, count) == (pytest.approx(own.mean().item()), len(own))
 
 
 def importance(seed):

@@ -6,18 +6,21 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from agcl.attribution.levels import dequantise
+from agcl.blocks import layer_of, mean_by_layer
 from agcl.callbacks.attribution import AttributionCallback
 from agcl.callbacks.hyperparameters import run_hyperparameters
 from agcl.data.sequence import TaskSequence
 from agcl.metrics import plot_score_matrix
 from agcl.module import SCORE
-from agcl.plots import layer_of, plot_importance_map, plot_plasticity
+from agcl.plots import plot_importance_map, plot_plasticity
 from agcl.shards import local_part
 
 _HISTOGRAM_ENTRIES = 100_000  # a sample that shows the distribution and keeps the event file small
+_TASKS_WITH_NUMBERS = 10  # of more, the score matrix has colours alone: thousands of numbers would be drawn in a run
 
 
 class ContinualMonitor(Callback):
@@ -82,13 +85,20 @@ class ContinualMonitor(Callback):
             if not isinstance(logger, TensorBoardLogger) or not trainer.is_global_zero:
                 continue
             board, step = logger.experiment, trainer.global_step
-            board.add_figure("score_matrix", plot_score_matrix(scores, [t.name for t in pl_module.tasks])[0], step)
+            tasks = [each.name for each in pl_module.tasks]
+            board.add_figure("score_matrix", score_figure(scores, tasks), step)
             importance = _shown(attribution) if attribution else {}
             if importance:
                 board.add_figure("importance", plot_importance_map(importance)[0], step)
-                board.add_figure("plasticity", plot_plasticity(self._plasticity)[0], step)
+                left = {each: self._plasticity.get(each, {}) for each in tasks}  # blank are those to come
+                board.add_figure("plasticity", plot_plasticity(left)[0], step)
                 for layer, values in layer_samples(importance).items():
                     board.add_histogram(f"importance/{tag(layer)}", values, step)
+
+
+def score_figure(scores: Tensor, tasks: list[str]) -> Figure:
+    """The score matrix as TensorBoard gets it after each task."""
+    return plot_score_matrix(scores, tasks, numbers=len(tasks) <= _TASKS_WITH_NUMBERS)[0]
 
 
 def _shown(attribution: AttributionCallback) -> dict[str, Tensor]:
@@ -137,14 +147,9 @@ def tag(layer: str) -> str:
 
 def layer_plasticity(attribution: AttributionCallback) -> dict[str, float]:
     """Mean remaining plasticity of the weights of each layer, in [0, 1]."""
-    total: dict[str, float] = {}
-    count: dict[str, int] = {}
     importance = attribution.importance
-    for name, mean in attribution.plasticity().items():
-        layer, num_weights = layer_of(name), importance[name].numel()
-        total[layer] = total.get(layer, 0.0) + mean * num_weights
-        count[layer] = count.get(layer, 0) + num_weights
-    return {layer: total[layer] / count[layer] for layer in total}
+    means = {name: (mean, importance[name].numel()) for name, mean in attribution.plasticity().items()}
+    return {layer: mean for layer, (mean, _) in mean_by_layer(means).items()}
 
 
 def layer_samples(importance: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -23,17 +23,17 @@ from agcl.callbacks.hyperparameters import seed_given
 from agcl.callbacks.run_folder import run_folder
 from agcl.errors import AgclError
 from agcl.files import partial_of, sync_folder, sync_tree, write_whole
-from agcl.metrics import plot_score_matrix
+from agcl.metrics.figure import score_matrix_picture
 from agcl.module import NLL, SCORE
 
 
 class ContinualReport(Callback):
     """Writes the run's results to its folder after each task, and prints them and saves the model at the end.
 
-    ``scores.json`` holds everything, ``scores.csv`` and ``score_matrix.png`` the score matrix, ``answers.json`` what
-    the model answered to some of each task's rows at each scoring, ``model/`` the final model in Hugging Face format.
-    Each file is replaced whole, so that an interrupted run keeps the last complete one. ``agcl report`` makes a page of
-    them.
+    ``scores.json`` holds everything, ``scores.csv`` the score matrix, ``answers.json`` what the model answered to some
+    of each task's rows at each scoring. At the end come ``score_matrix.png`` and ``model/``, the final model in Hugging
+    Face format. Each file is replaced whole, so that an interrupted run keeps the last complete one. ``agcl report``
+    makes a page of them at any time, and the picture too.
 
     Args:
         save_model: Whether to write ``model/``.
@@ -71,8 +71,10 @@ class ContinualReport(Callback):
             self._write(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Write and print the final results; save the model."""
+        """Write and print the final results; draw the score matrix, once; save the model."""
         folder, results = self._write(trainer, pl_module)
+        if trainer.is_global_zero:
+            write_whole(folder / "score_matrix.png", score_matrix_picture(results))
         if self.save_model and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             _save_model(trainer, pl_module, folder / "model")
         if trainer.is_global_zero:
@@ -207,7 +209,7 @@ def _peak_memory_bytes() -> int | None:
 
 
 def write_results(folder: Path, results: dict[str, Any]) -> None:
-    """Write ``scores.json``, ``scores.csv`` and ``score_matrix.png``."""
+    """Write ``scores.json`` and ``scores.csv``."""
     write_whole(folder / "scores.json", json.dumps(results, indent=2, ensure_ascii=False))
     text = io.StringIO()
     writer = csv.writer(text)
@@ -215,11 +217,6 @@ def write_results(folder: Path, results: dict[str, Any]) -> None:
     for label, row in _labelled_rows(results):
         writer.writerow([label, *("" if value is None else value for value in row)])
     write_whole(folder / "scores.csv", text.getvalue())
-    matrix = torch.tensor([[math.nan if v is None else v for v in row] for row in results["scores"]])
-    figure, _ = plot_score_matrix(matrix, results["tasks"], title=metrics_line(results["metrics"]))
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=150)
-    write_whole(folder / "score_matrix.png", picture.getvalue())
 
 
 def result_tables(results: dict[str, Any]) -> list[Table]:
@@ -239,11 +236,6 @@ def result_tables(results: dict[str, Any]) -> list[Table]:
     for name, value in results["metrics"].items():
         metrics.add_row(name.replace("_", " "), "undefined" if value is None else f"{value:+.3f}")
     return [matrix, metrics]
-
-
-def metrics_line(metrics: dict[str, float | None]) -> str:
-    """The metrics in one line, for a figure's title."""
-    return ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in metrics.items() if value is not None)
 
 
 def _labelled_rows(results: dict[str, Any]) -> list[tuple[str, list[float | None]]]:

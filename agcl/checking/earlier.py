@@ -11,10 +11,10 @@ from torch import Tensor
 from agcl.attribution.artefact import ImportanceFile, check_importance, importance_files, open_importance
 from agcl.attribution.merging import RunningMerge
 from agcl.attribution.storage import index_of
+from agcl.blocks import mean_by_layer
 from agcl.checkpoints import look_into
 from agcl.errors import AgclError
-from agcl.gating.plasticity import summary
-from agcl.plots import layer_of, layer_order
+from agcl.gating.plasticity import mean_plasticity
 from agcl.resuming import run_folders
 
 
@@ -78,15 +78,8 @@ def plasticity_left(
         check_importance(file, named)
         merge.update(file)
     pattern, strength = options.get("parameters", ""), options.get("strength", 1.0)
-    layers: dict[str, tuple[float, int]] = {}
-    for name, levels in merge.importance().items():
-        if not re.search(pattern, name):
-            continue
-        mean, count = layers.get(layer_of(name), (0.0, 0))
-        total = count + levels.numel()
-        own, _ = summary(name, levels, strength)
-        layers[layer_of(name)] = ((mean * count + own * levels.numel()) / max(total, 1), total)
-    return {layer: layers[layer] for layer in sorted(layers, key=layer_order)}
+    merged = {name: levels for name, levels in merge.importance().items() if re.search(pattern, name)}
+    return mean_by_layer({n: (mean_plasticity(n, levels, strength)[0], levels.numel()) for n, levels in merged.items()})
 
 
 def _by_task(files: Iterable[ImportanceFile]) -> dict[str, ImportanceFile]:

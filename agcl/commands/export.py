@@ -1,5 +1,6 @@
 """``agcl export RUN --output DIR``: a run's model for others to load."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from agcl.errors import AgclError
@@ -12,6 +13,7 @@ def export(
     *,
     output: Path,
     task: str | None = None,
+    base_model: str | None = None,
     push_to_hub: str | None = None,
     private: bool = False,
     trust_remote_code: bool = False,
@@ -23,6 +25,8 @@ def export(
         output: Folder to write; new or empty.
         task: Export the model as it was after this task (default: the last one). The run must have kept a checkpoint
             from that task's end.
+        base_model: What others find the model that training began with under, on the hub (default: the name that the
+            run was given; of a local path its last part). Card and adapter name it.
         push_to_hub: Upload the folder to this repository, too (you are logged in: `hf auth login`).
         private: Make the repository private, if it is new.
         trust_remote_code: Run model code that comes with the model. Off unless you trust its author.
@@ -35,8 +39,12 @@ def export(
     if private and push_to_hub is None:
         raise AgclError("`private` is about the repository on the hub; add `push_to_hub`.")
     if push_to_hub is not None:
-        _check_repository(push_to_hub)
+        _check_repository("push_to_hub", push_to_hub)
+    if base_model is not None:
+        _check_repository("base_model", base_model)
     trained = find_trained(source, task)
+    if base_model is not None:
+        trained = replace(trained, model_name=base_model)
     name = push_to_hub.split("/")[-1] if push_to_hub is not None else None
     export_model(trained, output, name=name, trust_remote_code=trust_remote_code)
     learned = ", ".join(trained.tasks[: trained.num_learned])
@@ -45,14 +53,14 @@ def export(
         print(f"Uploaded: {_push(output, push_to_hub, private)}")
 
 
-def _check_repository(name: str) -> None:
+def _check_repository(option: str, name: str) -> None:
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        raise AgclError(f"`push_to_hub` is {name!r}, no repository's name: {error}") from error
+        raise AgclError(f"`{option}` is {name!r}, no repository's name: {error}") from error
 
 
 def _push(folder: Path, repository: str, private: bool) -> str:

@@ -1,5 +1,6 @@
 """Writing the folder: weights and tokenizer, importance files, model card."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ from agcl.attribution.storage import index_of
 from agcl.errors import AgclError
 from agcl.files import partial_of, sync_folder, sync_tree
 from agcl.models import load_model, load_tokenizer, save_model
+from agcl.results import shown_name
 
 from .card import model_card
 from .finding import Trained, read_checkpoint
 
+_ADAPTER_CONFIG = "adapter_config.json"  # PEFT's
 _MODEL = "model."  # what ContinualLM's language model is called in a checkpoint
 
 
@@ -44,7 +47,9 @@ def export_model(trained: Trained, output: Path, *, name: str | None = None, tru
             _write_checkpoint(trained.weights, partial, trust_remote_code)
         for file in trained.importance:
             _copy_importance(file.files, file.path, partial / "importance")
-        is_adapter = (partial / "adapter_config.json").exists()
+        is_adapter = (partial / _ADAPTER_CONFIG).exists()
+        if is_adapter:
+            _name_base(partial / _ADAPTER_CONFIG, shown_name(trained.model_name))
         # PEFT has left a card of its own there.
         model_card(trained, name or output.name, is_adapter=is_adapter).save(partial / "README.md")
         sync_tree(partial)
@@ -54,6 +59,12 @@ def export_model(trained: Trained, output: Path, *, name: str | None = None, tru
         sync_folder(output.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _name_base(path: Path, name: str) -> None:
+    """Say what an adapter's base model is called; PEFT writes where it was loaded from, one machine's matter."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**config, "base_model_name_or_path": name}, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def _copy_importance(files: list[Path], path: Path, folder: Path) -> None:

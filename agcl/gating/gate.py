@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..errors import AgclError
 from ..shards import is_sharded, local_part
-from .plasticity import summary
+from .plasticity import mean_plasticity
 
 
 class GatedParameter:
@@ -34,7 +34,7 @@ class GatedParameter:
         self.moves = moves
         self._local: Tensor | None = None
         self._rows: Tensor | None = None
-        self.mean_plasticity, self.is_open = summary(name, self.importance, strength)
+        self.mean_plasticity, self.is_open = mean_plasticity(name, self.importance, strength)
         if self._is_local:
             self.mean_plasticity = _mean_of_all(self.mean_plasticity, importance)
 

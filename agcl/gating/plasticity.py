@@ -44,14 +44,26 @@ def scaled_gradient(gradient: Tensor, importance: Tensor, strength: float) -> Te
     return result
 
 
-def summary(name: str, importance: Tensor, strength: float) -> tuple[float, bool]:
-    """Mean plasticity, and whether nothing is held back (importance zero throughout, or strength 0).
+def mean_plasticity(name: str, importance: Tensor, strength: float) -> tuple[float, bool]:
+    """Mean plasticity of a parameter, and whether nothing is held back (importance zero throughout, or strength 0).
+
+    Args:
+        name: Of the parameter, for the message.
+        importance: Fixed point, or floating point in [0, 1].
+        strength: The gate's.
+
+    Returns:
+        Mean of ``(1 - importance) ** strength``, summed in float64 (0 of no entries), and the answer.
 
     Raises:
         AgclError: If the importance of the parameter ``name`` has another dtype, or values outside [0, 1].
     """
     num_entries = max(importance.numel(), 1)
-    if (num_levels := FIXED_POINT.get(importance.dtype)) is not None:
+    num_levels = FIXED_POINT.get(importance.dtype)
+    if num_levels is not None and strength == 1:  # a sum is faster than a histogram
+        held = sum(int(piece.sum(dtype=torch.int64)) for (piece,) in _chunks(importance)) / num_levels
+        return (importance.numel() - held) / num_entries, held == 0
+    if num_levels is not None:
         counts = torch.zeros(num_levels + 1, dtype=torch.float64)
         for (piece,) in _chunks(importance):
             counts += torch.bincount(piece.reshape(-1).int(), minlength=num_levels + 1).cpu()

@@ -1,9 +1,12 @@
 """The score matrix as a picture."""
 
+import io
+import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -13,9 +16,9 @@ _CHARACTERS_PER_INCH = 15  # of a title in 9 points
 
 
 def plot_score_matrix(
-    matrix: Tensor, task_names: Sequence[str], ax: Any = None, title: str | None = None
+    matrix: Tensor, task_names: Sequence[str], ax: Any = None, title: str | None = None, numbers: bool = True
 ) -> tuple[Any, Any]:
-    """Draw a score matrix as an annotated heat map, colours fixed to [0, 1]; the task just learned is bold.
+    """Draw a score matrix as a heat map, colours fixed to [0, 1]; the number of the task just learned is bold.
 
     A matrix with its last row measured, but none between that and row 0, is of joint training: those two are drawn.
 
@@ -24,6 +27,8 @@ def plot_score_matrix(
         task_names: The T names, in the order of learning.
         ax: Matplotlib axes to draw on; a new figure (outside pyplot) if left out.
         title: Heading, for instance the metrics; broken after commas where it is too long for one line.
+        numbers: Whether each cell has its number in it. Writing one takes about a millisecond, of which there are
+            T (T + 1) in the end.
 
     Returns:
         Figure and axes.
@@ -41,8 +46,9 @@ def plot_score_matrix(
     ax.set_xticks(range(num_tasks), task_names, rotation=30, ha="right", rotation_mode="anchor")
     ax.set_yticks(range(len(labels)), labels)
     ax.set_xlabel("task scored")
-    bold = () if is_joint else range(1, num_tasks + 1)
-    write_numbers(ax, matrix.tolist(), fontsize=9, bold=bold)
+    if numbers:
+        bold = () if is_joint else range(1, num_tasks + 1)
+        write_numbers(ax, matrix.tolist(), fontsize=9, bold=bold)
     if title:
         lines = _folded(title, ax.get_window_extent().width / ax.figure.dpi)
         ax.set_title("\n".join(lines), fontsize=9)
@@ -50,6 +56,26 @@ def plot_score_matrix(
             figure.set_figheight(figure.get_figheight() + 0.17 * len(lines))  # not at the cost of the cells
     ax.figure.colorbar(image, ax=ax, label="score", shrink=0.9)
     return ax.figure, ax
+
+
+def score_matrix_picture(results: Mapping[str, Any]) -> bytes:
+    """The score matrix of a run as a PNG, its metrics above it.
+
+    Args:
+        results: ``tasks``, ``scores`` (None where not measured) and ``metrics``, as ``scores.json`` has them.
+
+    Returns:
+        The file's content.
+    """
+    matrix = torch.tensor([[math.nan if value is None else value for value in row] for row in results["scores"]])
+    figure, _ = plot_score_matrix(matrix, results["tasks"], title=_metrics_line(results["metrics"]))
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=150)
+    return picture.getvalue()
+
+
+def _metrics_line(metrics: Mapping[str, float | None]) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in metrics.items() if value is not None)
 
 
 def _folded(title: str, inches: float) -> list[str]:

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from agcl.attribution.artefact import ImportanceFile
-from agcl.attribution.levels import MAX_LEVEL, bits_of, histogram
+from agcl.attribution.levels import MAX_LEVEL, bits_of
 from agcl.attribution.merging import How, RunningMerge
-from agcl.plots import kind_of, layer_of, layer_order
+from agcl.blocks import kind_of, layer_of, layer_order, mean_by_layer
+from agcl.gating.plasticity import mean_plasticity
 
 Cell = tuple[str, str]
-"""A layer and a kind of module, as :mod:`agcl.plots` names them."""
+"""A layer and a kind of module, as :mod:`agcl.blocks` names them."""
 
 
 @dataclass
@@ -74,7 +75,7 @@ def summarise(
         AgclError: If the files are of different models.
     """
     cells: dict[str, defaultdict[Cell, Mean]] = {task: defaultdict(Mean) for task in files}
-    free: dict[str, defaultdict[str, Mean]] = {task: defaultdict(Mean) for task in files}
+    free: dict[str, dict[str, tuple[float, int]]] = {task: {} for task in files}
     kinds: dict[str, None] = {}
     for name in dict.fromkeys(name for file in files.values() for name in file):
         layer, kind = layer_of(name), kind_of(name)
@@ -84,8 +85,8 @@ def summarise(
             cells[task][layer, kind].add(importance_sum(levels), levels.numel())
         if merge is not None:
             for task, so_far in _merged_so_far(list(files), own, merge):
-                free[task][layer].add(plasticity_sum(so_far, strength), so_far.numel())
-    plasticity = {task: {layer: mean.value for layer, mean in layers.items()} for task, layers in free.items()}
+                free[task][name] = mean_plasticity(name, so_far, strength)[0], so_far.numel()
+    plasticity = {task: {layer: m for layer, (m, _) in mean_by_layer(means).items()} for task, means in free.items()}
     return ImportanceSummary({task: dict(means) for task, means in cells.items()}, plasticity, list(kinds))
 
 
@@ -101,17 +102,3 @@ def _merged_so_far(tasks: list[str], own: Mapping[str, Tensor], merge: How) -> I
 def importance_sum(levels: Tensor) -> float:
     """Sum of importance over all entries of a fixed-point tensor."""
     return int(levels.sum(dtype=torch.int64)) / MAX_LEVEL[bits_of(levels)]
-
-
-def plasticity_sum(levels: Tensor, strength: float) -> float:
-    """Sum of ``(1 - importance) ** strength`` over all entries of a fixed-point tensor.
-
-    Example:
-        >>> levels = torch.tensor([0, 51, 255], dtype=torch.uint8)
-        >>> round(plasticity_sum(levels, strength=2.0), 9)  # 1 + 0.8 ** 2 + 0
-        1.64
-    """
-    if strength == 1.0:
-        return levels.numel() - importance_sum(levels)  # a sum is faster than a histogram
-    values = torch.linspace(0, 1, MAX_LEVEL[bits_of(levels)] + 1, dtype=torch.float64)
-    return float((histogram(levels) * (1 - values) ** strength).sum())

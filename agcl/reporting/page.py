@@ -8,10 +8,11 @@ from matplotlib.colors import to_hex
 
 from agcl.files import write_whole
 from agcl.heatmaps import DARK_BELOW
+from agcl.metrics.figure import score_matrix_picture
 from agcl.reporting import sections
 from agcl.reporting.outcome import examples, task_outcomes
 from agcl.reporting.record import RunRecord, read_run
-from agcl.results import METRIC_MEANINGS
+from agcl.results import METRIC_MEANINGS, read_results
 from agcl.version import __version__
 
 
@@ -32,6 +33,23 @@ def write_report(run_dir: Path, path: Path, with_importance: bool = True) -> lis
     record = read_run(run_dir)
     write_whole(path, render(record, with_importance))
     return record.missing
+
+
+def write_score_matrix(run_dir: Path) -> Path:
+    """Draw ``score_matrix.png`` into a run's folder from its ``scores.json``; the run itself does so at its end.
+
+    Args:
+        run_dir: The run's folder.
+
+    Returns:
+        The picture, replaced whole.
+
+    Raises:
+        AgclError: If there is no run in the folder.
+    """
+    path = run_dir / "score_matrix.png"
+    write_whole(path, score_matrix_picture(read_results(run_dir)))
+    return path
 
 
 def render(record: RunRecord, with_importance: bool = True) -> str:

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from helpers import attribution, build, trainer_for
 from lightning.pytorch import Trainer
@@ -16,7 +17,7 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import metadata
 
 from agcl.callbacks import ContinualMonitor, ContinualReport
-from agcl.callbacks.monitor import custom_charts
+from agcl.callbacks.monitor import custom_charts, score_figure
 from agcl.callbacks.run_folder import run_folder
 from agcl.data.sequence import TaskSequence
 from agcl.data.tasks import Probe, Task
@@ -114,6 +115,19 @@ def test_each_chart_has_what_it_names(logged):
         "loss": 2,
         "learning rate": 2,
     }
+
+
+def test_pictures_of_later_tasks_are_no_larger(logged):
+    board = EventAccumulator(logged[2].log_dir).Reload()
+    for tag in ("score_matrix", "importance", "plasticity"):
+        first, last = board.Images(tag)
+        assert (first.width, first.height) == (last.width, last.height), tag
+
+
+@pytest.mark.parametrize(("num_tasks", "num_texts"), [(10, 110), (11, 0)])
+def test_a_score_matrix_of_many_tasks_has_no_numbers(num_tasks, num_texts):
+    figure = score_figure(torch.zeros(num_tasks + 1, num_tasks), [f"t{i}" for i in range(num_tasks)])
+    assert len(figure.axes[0].texts) == num_texts
 
 
 def test_charts_of_probes_and_odd_names():

@@ -28,15 +28,26 @@ class FreezeEmbedding(Callback):
         pl_module.model.get_input_embeddings().weight.requires_grad_(False)
 
 
+class LookForFiles(Callback):
+    def __init__(self, folder):
+        self.folder, self.found = folder, []
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.found.append(sorted(file.name for file in self.folder.glob("score*")))
+
+
 @pytest.mark.parametrize("keepers", [0, 2])
-def test_results_say_what_the_run_cost(llama_folder, task_files, tmp_path, keepers):
+def test_results_say_what_the_run_cost_and_are_drawn_at_the_end(llama_folder, task_files, tmp_path, keepers):
     model, data = build(llama_folder, task_files[:2], task_options={"epochs": 1})
-    callbacks = [FreezeEmbedding(), *(Keeper() for _ in range(keepers)), ContinualReport(save_model=False)]
+    look = LookForFiles(tmp_path)
+    callbacks = [FreezeEmbedding(), *(Keeper() for _ in range(keepers)), ContinualReport(save_model=False), look]
     trainer_for(data, tmp_path, callbacks).fit(model, datamodule=data)
     results = json.loads((tmp_path / "scores.json").read_text())
     weights = sum(parameter.numel() for parameter in model.model.parameters())
     assert results["extra_bytes_per_weight"] == keepers * 2000 / weights
     assert results["trainable_weights"] == weights - model.model.get_input_embeddings().weight.numel()
+    assert look.found == [["scores.csv", "scores.json"]] * 2  # drawing takes long: it is done once, at the end
+    assert (tmp_path / "score_matrix.png").read_bytes().startswith(b"\x89PNG")
     assert results["seed"] == 0
     assert 0 < results["processor_seconds"] < 3600
     assert 2**24 < results["peak_memory_bytes"] < 2**36

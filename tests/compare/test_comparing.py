@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import sys
 
 import pytest
 import yaml
@@ -12,6 +13,7 @@ from rich.console import Console
 from agcl.cli import main
 from agcl.compare import Comparison, Method, compare_methods
 from agcl.compare.figure import plot_stability_plasticity
+from agcl.compare.processes import run_in_processes
 from agcl.compare.selection import choose
 
 LR, STRENGTH = "model.lr", "model.strength"
@@ -251,8 +253,24 @@ def test_data_folder_from_the_command_line(tmp_path, monkeypatch):
     assert [run.config["data"]["data_dir"] for run in given] == ["some/folder"]
 
 
-def test_real_runs(llama_folder, task_files, tmp_path, monkeypatch, capsys):
-    """Two methods, two seeds, and a method whose configuration cannot work."""
+def run_in_this_process(runs, comparison, report):
+    """The commands without processes, each of which takes seconds to import everything."""
+    for run in runs:
+        command = run.prepare()
+        report(run, command, None)
+        try:
+            status = main(command[3:])
+        except SystemExit as error:
+            status = error.code
+        run.log.write_text(str(status))
+        report(run, None, run.conclude(int(bool(status)), comparison.keep_models))
+
+
+@pytest.mark.parametrize("runner", [run_in_this_process, pytest.param(run_in_processes, marks=pytest.mark.slow)])
+def test_real_runs(llama_folder, task_files, tmp_path, monkeypatch, runner):
+    """Two methods, and a third whose configuration cannot work."""
+    monkeypatch.setattr("agcl.compare.comparing.run_in_processes", runner)
+    monkeypatch.setattr(sys, "argv", ["agcl"])
     (tmp_path / "fit").mkdir()
     base = write_config(llama_folder, task_files[:2], tmp_path / "fit")
     (tmp_path / "plain.yaml").write_text("trainer: {callbacks: []}")

@@ -11,8 +11,7 @@ from helpers import attribution, build, trainer_for
 from huggingface_hub import ModelCard
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
-from matplotlib.figure import Figure
-from peft import PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from agcl.attribution import save_importance
@@ -45,7 +44,7 @@ def run(request, llama_folder, task_files, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("agcl.attribution.relevance.is_correct", lambda logits, targets: True)
-        patch.setattr("agcl.callbacks.report.plot_score_matrix", lambda *args, **kwargs: (Figure((1, 1)), None))
+        patch.setattr("agcl.callbacks.report.score_matrix_picture", lambda results: b"")
         options = {"task_options": {"epochs": EPOCHS}, "adapter": ADAPTERS[request.param]}
         model, data = build(llama_folder, task_files, **options)
         checkpoints = ModelCheckpoint(folder / "checkpoints", "{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
@@ -124,7 +123,8 @@ def test_what_cannot_be_exported_is_named(run, tmp_path):
     assert "is not a checkpoint" in message(run.folder / "scores.json")
     assert "does not exist" in message(run.folder / "nothing")
     assert "There is no scores.json in" in message(run.folder / "model")
-    assert "no repository's name" in message(run.folder, "--push_to_hub", "a/b/c")
+    assert "`push_to_hub` is 'a/b/c', no repository's name" in message(run.folder, "--push_to_hub", "a/b/c")
+    assert "`base_model` is 'a/b/c', no repository's name" in message(run.folder, "--base_model", "a/b/c")
     assert "add `push_to_hub`" in message(run.folder, "--private")
 
 
@@ -176,12 +176,21 @@ def test_importance_is_the_latest_of_each_task_learned(tmp_path):
         main(["export", str(folder), "--output", str(tmp_path / "out")])
 
 
-def test_the_card_tells_no_path(tmp_path):
-    folder = hand_made_run(tmp_path / "run", model=str(tmp_path / "private" / "tiny"))
-    main(["export", str(folder), "--output", str(tmp_path / "out")])
+@pytest.mark.parametrize(
+    ("options", "name", "on_hub"), [([], "tiny", None), (["--base_model", "org/tiny"], "org/tiny", "org/tiny")]
+)
+def test_card_and_adapter_name_the_base_model_and_no_path(tmp_path, options, name, on_hub):
+    path = str(tmp_path / "private" / "tiny")
+    folder = hand_made_run(tmp_path / "run", model=path)
+    LoraConfig(r=4, target_modules=["q_proj"], base_model_name_or_path=path).save_pretrained(folder / "model")
+    main(["export", str(folder), "--output", str(tmp_path / "out"), *options])
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "from `tiny`" in card
-    assert "private" not in card
+    assert f"for `{name}`" in card
+    assert ModelCard.load(tmp_path / "out" / "README.md").data.base_model == on_hub
+    written, saved = (PeftConfig.from_pretrained(where) for where in (tmp_path / "out", folder / "model"))
+    assert written.base_model_name_or_path == name
+    assert {**written.to_dict(), "base_model_name_or_path": path} == saved.to_dict()
+    assert "private" not in card + (tmp_path / "out" / "adapter_config.json").read_text()
 
 
 def test_a_damaged_checkpoint_is_passed_over(run, tmp_path):

@@ -100,6 +100,15 @@ def test_plots():
     assert figure is axes.figure
 
 
+def test_without_numbers_the_colours_are_the_same():
+    with_numbers, without = (
+        plot_score_matrix(MATRIX, ["a", "b", "c"], numbers=numbers)[1] for numbers in (True, False)
+    )
+    assert len(with_numbers.texts) == 12
+    assert not without.texts
+    assert (with_numbers.images[0].get_array() == without.images[0].get_array()).all()
+
+
 def luminance(colour):
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in colors.to_rgb(colour)]
     return sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 from markupsafe import escape
+from matplotlib.image import imread
 from torch.utils.tensorboard import SummaryWriter
 
 from agcl.attribution import save_importance
 from agcl.cli import main
 from agcl.errors import AgclError
 from agcl.metrics.functional import forgetting
-from agcl.reporting import write_report
+from agcl.reporting import write_report, write_score_matrix
 from agcl.reporting.figures import LINE_COLOURS
 from agcl.reporting.importance import summarise
 from agcl.reporting.losses import training_losses
@@ -226,12 +227,26 @@ def test_losses_of_both_loggers_are_equal(run):
     assert training_losses(run) == from_csv
 
 
-def test_command(run, capsys):
+def test_command(run, capsys, tmp_path):
+    main(["report", str(run), "--no_importance", "--output", str(tmp_path / "page.html")])
+    assert not (run / "score_matrix.png").exists()
     main(["report", str(run), "--no_importance"])
+    assert imread(run / "score_matrix.png").ndim == 3
     assert f"The report is {run / 'report.html'}" in " ".join(capsys.readouterr().out.split("\n"))
     assert (run / "report.html").read_text().startswith("<!doctype html>")
     with pytest.raises(SystemExit, match=r"config\.yaml exists; choose another name, or add --overwrite"):
         main(["report", str(run), "--output", str(run / "config.yaml")])
+
+
+def test_the_picture_of_an_unfinished_run_has_room_for_the_tasks_to_come(run):
+    finished = imread(write_score_matrix(run))
+    results = json.loads((run / "scores.json").read_text())
+    results["scores"][2:] = [[None] * 3] * 2
+    (run / "scores.json").write_text(json.dumps(results))
+    unfinished = imread(write_score_matrix(run))
+    assert unfinished.shape == finished.shape
+    is_white = [(picture == 1).all(axis=-1).mean() for picture in (finished, unfinished)]
+    assert is_white[1] - is_white[0] > 0.1
 
 
 def test_folders_without_a_run_are_refused(run, tmp_path):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import statistics
 from pathlib import Path
 from textwrap import dedent
 
@@ -45,10 +46,11 @@ def test_the_page_shows_the_formula_that_is_computed():
 
 
 @pytest.mark.slow
-def test_fifteen_tasks_take_the_memory_of_two(knowing):
+def test_fifteen_tasks_take_the_memory_of_two_and_a_boundary_no_longer(knowing):
     watch = load("soak").soak(num_tasks=15, epochs=2)
     second, last = watch.counts[1], watch.counts[-1]
     assert last["resident memory"] <= 1.05 * second["resident memory"]
     assert last["bytes of tensors"] <= second["bytes of tensors"] + 13 * 1024
     assert last["hooks"] == second["hooks"]
     assert last["open files"] <= second["open files"]
+    assert statistics.median(watch.boundary[-5:]) <= 1.15 * statistics.median(watch.boundary[1:6])

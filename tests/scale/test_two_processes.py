@@ -1,5 +1,6 @@
 """DDP and FSDP2 in two processes on the CPU give what one process gives."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,12 +9,27 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import save_tiny_model
+from conftest import save_tiny_model, write_rows
 from helpers import attribution, build, trainer_for, weights, write_config
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from agcl.attribution.artefact import load_importance
+from agcl.cli import main
+
+
+def write_odd_config(folder, task_file, run_dir, **options):
+    """A configuration whose first task has three rows, which do not divide by two processes."""
+    run_dir.mkdir()
+    rows = zip(("ox", "hen", "rat"), "abc", strict=True)
+    odd = write_rows(run_dir / "odd.jsonl", [{"prompt": f"{word} 0?", "answer": answer} for word, answer in rows])
+    callbacks = [
+        {"class_path": "agcl.AttributionCallback", "init_args": {"num_samples": 2}},
+        {"class_path": "agcl.GeneralAbility", "init_args": {"num_windows": 3, "window_tokens": 32}},
+    ]
+    epochs = {f"data__tasks__{index}__epochs": 2 for index in range(2)}
+    options = {"trainer__callbacks": callbacks, "trainer__enable_progress_bar": False, **epochs, **options}
+    return write_config(folder, [odd, task_file], run_dir, **options)
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +39,8 @@ def two_processes(llama_folder, task_files, tmp_path_factory):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "AGCL_ALLOW_IMPORTS": "helpers"}
     environment["PYTHONPATH"] = os.pathsep.join([str(script.parents[1]), str(script.parents[2])])
     save_tiny_model(out / "gpt2", "gpt2")  # which has dropout
+    on_two = {"trainer__devices": 2, "trainer__strategy": "ddp"}
+    write_odd_config(llama_folder, task_files[1], out / "odd", **on_two)
     strategy = {"class_path": "lightning.pytorch.strategies.ModelParallelStrategy"}
     write_config(
         llama_folder,
@@ -100,3 +118,35 @@ def test_agcl_fit_saves_a_split_model_whole(two_processes, llama_folder):
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, two_processes["fitted"][name]), name
     assert load_file(folder / "model.safetensors").keys() == load_file(llama_folder / "model.safetensors").keys()
+
+
+@pytest.fixture
+def odd_rows_alone(llama_folder, task_files, tmp_path, monkeypatch):
+    """What one process makes of rows that do not divide by two."""
+    monkeypatch.setattr(sys, "argv", ["agcl"])
+    main(["fit", "--config", str(write_odd_config(llama_folder, task_files[1], tmp_path / "one"))])
+    return results_in(tmp_path / "one")
+
+
+def results_in(run_dir):
+    return json.loads((run_dir / "run" / "version_0" / "scores.json").read_text())
+
+
+def assert_each_row_was_scored_once(two, one):
+    assert two["nll"][0] == pytest.approx(one["nll"][0], rel=1e-5)  # of the untrained model
+    assert two["general_ability"]["nll"][0] == pytest.approx(one["general_ability"]["nll"][0], rel=1e-5)
+    assert None not in two["general_ability"]["nll"]
+    assert all(value is not None for row in two["scores"] for value in row)
+
+
+def test_each_row_is_scored_once(two_processes, odd_rows_alone):
+    assert_each_row_was_scored_once(results_in(two_processes["folder"] / "odd"), odd_rows_alone)
+
+
+@pytest.mark.slow
+def test_agcl_fit_starts_the_second_process_itself(llama_folder, task_files, tmp_path, odd_rows_alone):
+    config = write_odd_config(llama_folder, task_files[1], tmp_path / "two")
+    command = [sys.executable, "-m", "agcl", "fit", "--config", str(config)]
+    strategy = ["--trainer.strategy", "ddp", "--trainer.devices", "2"]
+    subprocess.run([*command, *strategy], check=True, capture_output=True, timeout=200)
+    assert_each_row_was_scored_once(results_in(tmp_path / "two"), odd_rows_alone)

@@ -146,7 +146,8 @@ def main(folder, out, *files):
     check_refusals(folder, files, out)
     resume(sharded, folder, files, out / "stopped")
     resume(DDPStrategy, out / "gpt2", files, out / "dropout", epochs=2)
-    agcl(["fit", "--config", str(out / "config.yaml")])
+    for name in ("", "odd"):
+        agcl(["fit", "--config", str(out / name / "config.yaml")])
 
 
 if __name__ == "__main__":
