@@ -12,6 +12,7 @@ importance, so that only the gate's form is compared:
     ratio       as `gate`, of (old score / new score) ** power: the new task's empirical Fisher information at its start
     relative    a / (a + c b), with a = sqrt(v) of Adam's second moment and b = sqrt(s), at each step
     relative2   v / (v + c^2 s)
+    directions  matrices by the directions of their inputs, the rest as `gate`: agcl's own, every 4 steps
     none        plain fine-tuning
 
 A row counts as known if each token of its answer is the most likely one after the right tokens before it.
@@ -27,6 +28,7 @@ import torch
 from agcl.attribution import ImportanceConfig
 from agcl.attribution.estimators import LRP, EmpiricalFisher, Evidence, Fisher
 from agcl.attribution.rows import samples_of
+from agcl.callbacks.directions import Directions, DirectionsSoFar
 from agcl.data.tasks import IGNORED_LABEL, AnswerEncoder, Task, collate
 from agcl.models import load_model, load_tokenizer
 from agcl.scoring import answer_logits, token_nll
@@ -34,7 +36,7 @@ from agcl.scoring import answer_logits, token_nll
 MODEL = "builtin:smollm2-135m-instruct"
 LANGUAGES = ("welsh", "finnish", "swahili", "turkish")
 RESULTS = Path(__file__).parent / "results" / "gates.jsonl"
-KINDS = ("none", "gate", "gate_sum", "ratio", "relative", "relative2")
+KINDS = ("none", "gate", "gate_sum", "ratio", "relative", "relative2", "directions")
 SCORES = {
     "sensitivity": lambda: LRP("attnlrp", score="sensitivity"),
     "relevance": lambda: LRP("attnlrp"),
@@ -68,10 +70,10 @@ def evaluate(model, rows):
     return known / len(rows), loss / tokens
 
 
-def scores_of(model, rows, estimator, num_samples, only_correct=True):
+def evidence_of(model, rows, num_samples, only_correct=True):
     model.eval()
     names = [name for name, _ in model.named_parameters()]
-    evidence = Evidence(
+    return Evidence(
         model,
         names,
         samples_of(rows),
@@ -80,6 +82,10 @@ def scores_of(model, rows, estimator, num_samples, only_correct=True):
         config=ImportanceConfig(),
         only_correct=only_correct,
     )
+
+
+def scores_of(model, rows, estimator, num_samples, only_correct=True):
+    evidence = evidence_of(model, rows, num_samples, only_correct)
     return {name: score.abs() for name, score in estimator.scores(evidence).items()}
 
 
@@ -100,7 +106,7 @@ def shuffled(tensors):
     return {n: t.flatten()[torch.randperm(t.numel(), generator=generator)].view_as(t) for n, t in tensors.items()}
 
 
-def learn(model, rows, lr, plasticity=None):
+def learn(model, rows, lr, plasticity=None, directions=None):
     """AdamW with warm-up and linear decay; each weight moves by its plasticity (name, second moment) of the step."""
     generator = torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
@@ -109,6 +115,8 @@ def learn(model, rows, lr, plasticity=None):
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: (step + 1) / warmup if step < warmup else max(0.0, (total - step) / (total - warmup))
     )
+    if directions is not None:
+        directions.attach(optimizer, model, seed=0)
     model.train()
     step = 0
     for _ in range(EPOCHS):
@@ -125,6 +133,8 @@ def learn(model, rows, lr, plasticity=None):
                 with torch.no_grad():
                     parameter.copy_(torch.lerp(before[name], parameter, plasticity(name, moment)))
             schedule.step()
+    if directions is not None:
+        directions.detach()
 
 
 def plasticity_of(kind, held, c):
@@ -171,24 +181,34 @@ def run(options):
     rows = encoded_rows()
     languages = LANGUAGES[: options.tasks]
     model = first_task(rows[languages[0]], options.cache)
-    old = {}
+    old, directions = {}, None
+    if options.kind == "directions":
+        control = "shuffled" if options.shuffled else "none"
+        settings = Directions(options.plasticity, every=4, weighted=not options.unweighted)
+        directions = DirectionsSoFar(settings, SCORES[options.score](), 1.0, control)
+        evidence = evidence_of(model, rows[languages[0]], 1)
+        directions.find(model, evidence.parameters, next(iter(evidence.samples)))
     matrix = [[evaluate(model, rows[language]) for language in languages]]
     for before, language in itertools.pairwise(languages):
         plasticity = None
         if options.kind != "none":
             scores = scores_of(model, rows[before], SCORES[options.score](), options.samples)
-            if options.kind == "gate":
+            if directions is not None:
+                directions.learn(evidence_of(model, rows[before], options.samples))
+                scores = {name: score for name, score in scores.items() if name not in directions.names()}
+            is_merged_last = options.kind not in ("gate", "directions")
+            if not is_merged_last:
                 scores = normalised(scores, options.quantile)
             for name, score in scores.items():
                 if name in old:
-                    score = torch.maximum(old[name], score) if options.kind == "gate" else old[name] + score
+                    score = old[name] + score if is_merged_last else torch.maximum(old[name], score)
                 old[name] = score
             held = combined(options.kind, old, model, rows[language], options)
             plasticity = plasticity_of(options.kind, shuffled(held) if options.shuffled else held, options.c)
-        learn(model, rows[language], options.lr, plasticity)
+        learn(model, rows[language], options.lr, plasticity, directions)
         matrix.append([evaluate(model, rows[language]) for language in languages])
         print(language, *(f"{known:.3f}/{loss:.4f}" for known, loss in matrix[-1]), flush=True)
-    kept = ("kind", "score", "lr", "quantile", "c", "power", "samples", "tasks", "shuffled")
+    kept = ("kind", "score", "lr", "quantile", "c", "power", "samples", "tasks", "shuffled", "plasticity", "unweighted")
     row = {key: getattr(options, key) for key in kept} | {"matrix": matrix, "torch": torch.__version__}
     with RESULTS.open("a") as file:
         file.write(json.dumps(row) + "\n")
@@ -204,6 +224,8 @@ def main():
     parser.add_argument("--power", type=float, default=1.0)
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--tasks", type=int, choices=(2, 3, 4), default=2)
+    parser.add_argument("--plasticity", type=float, default=0.8, help="of `directions`")
+    parser.add_argument("--unweighted", action="store_true", help="`directions` that count all inputs alike")
     parser.add_argument("--shuffled", action="store_true")
     parser.add_argument("--cache", type=Path, default=Path("runs/gates_first_task.pt"))
     run(parser.parse_args())

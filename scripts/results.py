@@ -44,11 +44,11 @@ def gates() -> str:
     rows = []
     for line in (RAW / "gates.jsonl").read_text().splitlines():
         row = json.loads(line)
-        options = {"relative": ("c",), "relative2": ("c",), "ratio": ("power",), "none": ()}.get(
-            row["kind"], ("quantile",)
-        )
+        own = {"relative": ("c",), "relative2": ("c",), "ratio": ("power",), "directions": ("plasticity",), "none": ()}
+        options = own.get(row["kind"], ("quantile",))
         kind = " ".join([row["kind"], *(f"{option} {row[option]:g}" for option in options)])
         kind += ", shuffled" if row["shuffled"] else ""
+        kind += ", unweighted" if row.get("unweighted") else ""
         is_gated = row["kind"] != "none"
         cells = [f"{known:.2f} / {loss:.4f}" for known, loss in row["matrix"][-1]]
         rows.append(
