@@ -92,7 +92,8 @@ def input_moments(evidence: Evidence, estimator: PerSampleGradient, *, weighted:
         counts = (weight > weight.max() * _ROUNDING).nonzero().flatten()
         inputs = use.inputs()
         rows = inputs.reshape(-1, inputs.shape[-1])[counts].float()
-        moment = (rows * weight[counts, None] if weighted else rows).T @ rows
+        with torch.autocast(rows.device.type, enabled=False):
+            moment = (rows * weight[counts, None] if weighted else rows).T @ rows
         moments[name] = moments[name].add_(moment) if name in moments else moment
 
     def on_use(name: str, use: Use, output: Tensor) -> None:

@@ -100,3 +100,14 @@ def test_shares_are_soft_and_have_the_wanted_mean(plasticity):
 def test_where_most_directions_are_free_the_others_are_closed():
     shares, _ = shares_kept(torch.diag(torch.tensor([0.0, 0.0, 0.0, 1.0])), 0.5)
     assert torch.equal(shares, torch.tensor([1.0, 1.0, 1.0, 0.0]))
+
+
+def test_moments_are_added_up_in_float32_under_autocast():
+    model = tiny_llama().float()
+    with torch.autocast("cpu", torch.bfloat16):
+        moments = input_moments(evidence_of(model, [SAMPLE, LONGER], batch_size=2), LRP())
+    wide = input_moments(evidence_of(model, [SAMPLE, LONGER], batch_size=2), LRP())
+    for name, moment in moments.items():
+        assert moment.dtype == torch.float32
+        assert not torch.equal(moment, moment.bfloat16().float())
+        assert torch.allclose(moment, wide[name], atol=0.1 * float(wide[name].abs().max())), name
