@@ -12,7 +12,7 @@ importance, so that only the gate's form is compared:
     ratio       as `gate`, of (old score / new score) ** power: the new task's empirical Fisher information at its start
     relative    a / (a + c b), with a = sqrt(v) of Adam's second moment and b = sqrt(s), at each step
     relative2   v / (v + c^2 s)
-    directions  matrices by the directions of their inputs, the rest as `gate`: agcl's own, every 4 steps
+    directions  matrices by the directions of their inputs, the rest as `gate`: agcl's own
     none        plain fine-tuning
 
 A row counts as known if each token of its answer is the most likely one after the right tokens before it.
@@ -184,7 +184,7 @@ def run(options):
     old, directions = {}, None
     if options.kind == "directions":
         control = "shuffled" if options.shuffled else "none"
-        settings = Directions(options.plasticity, every=4, weighted=not options.unweighted)
+        settings = Directions(options.plasticity, every=options.every, weighted=not options.unweighted)
         directions = DirectionsSoFar(settings, SCORES[options.score](), 1.0, control)
         evidence = evidence_of(model, rows[languages[0]], 1)
         directions.find(model, evidence.parameters, next(iter(evidence.samples)))
@@ -208,7 +208,20 @@ def run(options):
         learn(model, rows[language], options.lr, plasticity, directions)
         matrix.append([evaluate(model, rows[language]) for language in languages])
         print(language, *(f"{known:.3f}/{loss:.4f}" for known, loss in matrix[-1]), flush=True)
-    kept = ("kind", "score", "lr", "quantile", "c", "power", "samples", "tasks", "shuffled", "plasticity", "unweighted")
+    kept = (
+        "kind",
+        "score",
+        "lr",
+        "quantile",
+        "c",
+        "power",
+        "samples",
+        "tasks",
+        "shuffled",
+        "plasticity",
+        "every",
+        "unweighted",
+    )
     row = {key: getattr(options, key) for key in kept} | {"matrix": matrix, "torch": torch.__version__}
     with RESULTS.open("a") as file:
         file.write(json.dumps(row) + "\n")
@@ -225,6 +238,7 @@ def main():
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--tasks", type=int, choices=(2, 3, 4), default=2)
     parser.add_argument("--plasticity", type=float, default=0.8, help="of `directions`")
+    parser.add_argument("--every", type=int, default=4, help="steps between two products of `directions`")
     parser.add_argument("--unweighted", action="store_true", help="`directions` that count all inputs alike")
     parser.add_argument("--shuffled", action="store_true")
     parser.add_argument("--cache", type=Path, default=Path("runs/gates_first_task.pt"))

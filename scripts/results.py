@@ -44,7 +44,7 @@ def gates() -> str:
     rows = []
     for line in (RAW / "gates.jsonl").read_text().splitlines():
         row = json.loads(line)
-        own = {"relative": ("c",), "relative2": ("c",), "ratio": ("power",), "directions": ("plasticity",), "none": ()}
+        own = {"relative": ("c",), "relative2": ("c",), "ratio": ("power",), "directions": ("plasticity", "every"), "none": ()}
         options = own.get(row["kind"], ("quantile",))
         kind = " ".join([row["kind"], *(f"{option} {row[option]:g}" for option in options)])
         kind += ", shuffled" if row["shuffled"] else ""
