@@ -12,6 +12,14 @@ ROOT = Path(__file__).parents[1]
 RAW = ROOT / "benchmarks" / "results"
 COMPARISON = RAW / "compare_quickstart"
 METRICS = ("average_performance", "backward_transfer", "learning_accuracy")
+# Of the kinds of `benchmarks/gates.py`; of the others, the quantile.
+OPTIONS: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "relative": ("c",),
+    "relative2": ("c",),
+    "ratio": ("power",),
+    "directions": ("plasticity", "every"),
+}
 Row = tuple[object, ...]
 
 
@@ -44,7 +52,13 @@ def gates() -> str:
     rows = []
     for line in (RAW / "gates.jsonl").read_text().splitlines():
         row = json.loads(line)
-        own = {"relative": ("c",), "relative2": ("c",), "ratio": ("power",), "directions": ("plasticity", "every"), "none": ()}
+        own = {
+            "relative": ("c",),
+            "relative2": ("c",),
+            "ratio": ("power",),
+            "directions": ("plasticity", "every"),
+            "none": (),
+        }
         options = own.get(row["kind"], ("quantile",))
         kind = " ".join([row["kind"], *(f"{option} {row[option]:g}" for option in options)])
         kind += ", shuffled" if row["shuffled"] else ""

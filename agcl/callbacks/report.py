@@ -26,6 +26,8 @@ from agcl.files import partial_of, sync_folder, sync_tree, write_whole
 from agcl.metrics.figure import score_matrix_picture
 from agcl.module import NLL, SCORE
 
+_NAMED_COLUMNS = 7  # tasks whose names and scores fit into a terminal of 80 columns
+
 
 class ContinualReport(Callback):
     """Writes the run's results to its folder after each task, and prints them and saves the model at the end.
@@ -220,15 +222,19 @@ def write_results(folder: Path, results: dict[str, Any]) -> None:
 
 
 def result_tables(results: dict[str, Any]) -> list[Table]:
-    """Rich tables of the score matrix and the metrics."""
-    matrix = Table(title="Score of each task (column) before training and after learning each task (row)")
+    """Rich tables of the score matrix and the metrics; of many tasks the columns are numbered and hold per cent."""
+    title, names = "Score of each task (column) before training and after learning each task (row)", results["tasks"]
+    is_wide = len(names) > _NAMED_COLUMNS
+    narrow: dict[str, Any] = {"title": f"{title}, in %", "box": None, "padding": (0, 1, 0, 0)}
+    matrix = Table(**narrow) if is_wide else Table(title=title)
     matrix.add_column("after", style="bold")
-    for name in results["tasks"]:
-        matrix.add_column(name, justify="right")
+    for number, name in enumerate(names, start=1):
+        matrix.add_column(str(number) if is_wide else name, justify="right")
     for position, (label, row) in enumerate(_labelled_rows(results)):
-        cells = ["" if value is None else f"{value:.3f}" for value in row]
+        cells = ["" if value is None else f"{100 * value:.0f}" if is_wide else f"{value:.3f}" for value in row]
         if position > 0 and results["regime"] != "joint":
             cells[position - 1] = f"[bold]{cells[position - 1]}[/bold]"  # the task just learned
+            label = f"{position} {label}" if is_wide else label
         matrix.add_row(label, *cells)
     metrics = Table(title="Continual-learning metrics")
     metrics.add_column("metric")

@@ -1,11 +1,14 @@
+import io
 import json
 
 import pytest
 from helpers import build, trainer_for
 from lightning.pytorch import Callback
+from rich.console import Console
 
 from agcl.answers import Answer, AnswerRecord
 from agcl.callbacks import ContinualReport
+from agcl.callbacks.report import result_tables
 
 
 class Keeper(Callback):
@@ -90,3 +93,15 @@ def test_a_scoring_that_is_done_again_replaces_the_former():
     record.enter("task", 0, [Answer("prompt", "right", "before", 0.0)])
     (row,) = record.as_dict()["task"]
     assert [(entry["after"], entry["given"]) for entry in row["answers"]] == [(0, "before"), (1, "again")]
+
+
+def test_scores_of_fifteen_tasks_fit_into_a_terminal():
+    tasks = [f"some_dataset_{i}" for i in range(15)]
+    scores = [[0.0] * 15] + [[1.0 if column <= row else 0.07 for column in range(15)] for row in range(15)]
+    results = {"tasks": tasks, "regime": "sequential", "scores": scores, "metrics": {}}
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(result_tables(results)[0])
+    lines = console.export_text().splitlines()
+    last = next(line for line in lines if "15 some_dataset_14" in line)
+    assert last.split()[2:] == ["100"] * 15
+    assert next(line for line in lines if " 1 some_dataset_0" in line).split()[2:] == ["100"] + ["7"] * 14
