@@ -102,6 +102,6 @@ def test_scores_of_fifteen_tasks_fit_into_a_terminal():
     console = Console(width=80, record=True, file=io.StringIO())
     console.print(result_tables(results)[0])
     lines = console.export_text().splitlines()
-    last = next(line for line in lines if "15 some_dataset_14" in line)
+    last = next(line for line in lines if line.startswith("15 some_dataset_14"))
     assert last.split()[2:] == ["100"] * 15
-    assert next(line for line in lines if " 1 some_dataset_0" in line).split()[2:] == ["100"] + ["7"] * 14
+    assert next(line for line in lines if line.startswith("1 some_dataset_0")).split()[2:] == ["100"] + ["7"] * 14
