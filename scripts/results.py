@@ -31,20 +31,19 @@ def comparison() -> str:
 
 
 def trials() -> str:
-    """The gate beside its shuffled control at the same settings, on the trials' seed."""
+    """Both gates beside their shuffled controls at the same settings, on the trials' seed."""
     rows: list[Row] = []
-    for folder in sorted((COMPARISON / "agcl").iterdir()):
-        found = [_scores(COMPARISON / method / folder.name, seed=0) for method in ("agcl", "agcl_shuffled")]
-        if None in found:
-            continue
-        rate, strength = re.findall(r"=([\d.e-]+)", folder.name)
-        rows += [
-            (rate, strength, name, *(f"{scores['metrics'][m]:.3f}" for m in METRICS))
-            for name, scores in zip(("gate", "shuffled"), found, strict=True)
-            if scores
-        ]
-    header = ("learning rate", "strength", "", "average performance", "backward transfer", "learning accuracy")
-    return _table(header, rows)
+    for method in ("agcl", "agcl_entries"):
+        for folder in sorted((COMPARISON / method).iterdir()):
+            found = [_scores(COMPARISON / kind / folder.name, seed=0) for kind in (method, f"{method}_shuffled")]
+            if None in found:
+                continue
+            rows += [
+                (method, folder.name.replace("_", ", "), name, *(f"{scores['metrics'][m]:.3f}" for m in METRICS))
+                for name, scores in zip(("gate", "shuffled"), found, strict=True)
+                if scores
+            ]
+    return _table(("method", "settings", "", "average performance", "backward transfer", "learning accuracy"), rows)
 
 
 def gates() -> str:
