@@ -31,6 +31,7 @@ _HOMES = {
     "UpdateGate": "agcl.gating",
     "WarmupDecay": "agcl.schedules",
     "compute_importance": "agcl.attribution",
+    "compute_input_moments": "agcl.attribution",
     "gate": "agcl.integrations.pytorch",
     "lrp_rules": "agcl.attribution",
     "parameter_relevance": "agcl.attribution",
@@ -59,13 +60,20 @@ __all__ = [
     "WarmupDecay",
     "__version__",
     "compute_importance",
+    "compute_input_moments",
     "gate",
     "lrp_rules",
     "parameter_relevance",
 ]
 
 if TYPE_CHECKING:
-    from agcl.attribution import ImportanceConfig, compute_importance, lrp_rules, parameter_relevance
+    from agcl.attribution import (
+        ImportanceConfig,
+        compute_importance,
+        compute_input_moments,
+        lrp_rules,
+        parameter_relevance,
+    )
     from agcl.callbacks import (
         AttributionCallback,
         ContinualMonitor,

@@ -10,9 +10,12 @@ from agcl.attribution.estimators import LRP
 from agcl.gating import shuffled
 
 
-def learn(model, rows, importance=None, learning_rate=5e-3):
-    """Train until the rows are learned, gated where there is importance."""
+def learn(model, rows, importance=None, maps=None, learning_rate=5e-3):
+    """Train until the rows are learned, gated by direction where there are maps, by entry where there is importance."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
+    if maps is not None:
+        agcl.DirectionalGate(model.named_parameters(), maps).attach(optimizer)
+        importance = {name: values for name, values in importance.items() if name not in maps}
     if importance is not None:
         agcl.gate(optimizer, model, importance)
     while loss(model, rows) > LEARNED:
@@ -35,8 +38,16 @@ def run(seed=0, control=False):
     estimator = LRP(score="sensitivity")  # suits AdamW
     config = agcl.ImportanceConfig(quantile=0.2)  # a strong gate
     importance = agcl.compute_importance(model, old_rows, estimator=estimator, config=config)
-    ways = {"without the gate": {}, "with the gate": {"importance": importance}}
+    moments = agcl.compute_input_moments(model, old_rows)
+    maps = moments.maps(plasticity=0.5)
+    ways = {
+        "without the gate": {},
+        "with the gate": {"importance": importance},
+        "by direction": {"importance": importance, "maps": maps},
+    }
     if control:
+        random = moments.maps(plasticity=0.5, control="shuffled", seed=seed)
+        ways["random directions"] = {"importance": importance, "maps": random}
         ways["with it shuffled"] = {"importance": shuffled(importance, seed)}
         ways["without, slowly"] = {"learning_rate": 1e-3}
     results = {}

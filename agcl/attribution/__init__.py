@@ -11,6 +11,7 @@ _HOMES = {
     "Consumer": "relevance",
     "GradientRule": "passes",
     "ImportanceConfig": "importance",
+    "InputMoments": "directions",
     "LRPContext": "lrp",
     "RunningMerge": "merging",
     "Rule": "lrp",
@@ -21,6 +22,7 @@ _HOMES = {
     "check_model": "selfcheck",
     "check_importance": "artefact",
     "compute_importance": "computing",
+    "compute_input_moments": "computing",
     "conservation_error": "selfcheck",
     "fingerprint": "fingerprints",
     "importance_files": "artefact",
@@ -38,6 +40,7 @@ __all__ = [
     "Consumer",
     "GradientRule",
     "ImportanceConfig",
+    "InputMoments",
     "LRPContext",
     "ModelCheck",
     "Rule",
@@ -48,6 +51,7 @@ __all__ = [
     "check_importance",
     "check_model",
     "compute_importance",
+    "compute_input_moments",
     "conservation_error",
     "fingerprint",
     "importance_files",
@@ -69,7 +73,8 @@ if TYPE_CHECKING:
         save_importance,
     )
     from agcl.attribution.checkreport import ModelCheck
-    from agcl.attribution.computing import compute_importance
+    from agcl.attribution.computing import compute_importance, compute_input_moments
+    from agcl.attribution.directions import InputMoments
     from agcl.attribution.fingerprints import fingerprint
     from agcl.attribution.importance import ImportanceConfig
     from agcl.attribution.lrp import LRPContext, Rule, lrp_rules

@@ -9,12 +9,19 @@ from torch import Tensor, nn
 from ..errors import AgclError
 from ..results import shown_name
 from .artefact import save_importance
-from .estimators import LRP, Estimator, Evidence
+from .directions import InputMoments, find_matrices, input_moments
+from .estimators import LRP, Estimator, Evidence, PerSampleGradient
 from .fingerprints import fingerprint
 from .importance import ImportanceConfig, normalise
 from .levels import DTYPES, Bits
 from .naming import check_pattern, matching_parameters
 from .rows import samples_of
+
+_NO_ANSWER = "No row for attribution has a label other than -100, so none has an answer."
+_NOT_LEARNED = (
+    "No row is answered correctly, token by token, so there is nothing to protect: train longer, give the rows that "
+    "were learned, or set `only_correct` to False for plain text."
+)
 
 
 def compute_importance(
@@ -78,10 +85,7 @@ def compute_importance(
     )
     scores = estimator.scores(evidence)
     if not scores:
-        raise AgclError(
-            "No row is answered correctly, token by token, so there is nothing to protect: train longer, give the rows "
-            "that were learned, or set `only_correct` to False for plain text."
-        )
+        raise AgclError(_NOT_LEARNED)
     importance = normalise(scores, config, bits)
     if save_to is not None:
         settings = {
@@ -95,6 +99,50 @@ def compute_importance(
         }
         save_importance(save_to, importance, settings)
     return importance
+
+
+def compute_input_moments(
+    model: nn.Module,
+    rows: Iterable[Any],
+    *,
+    num_samples: int = 16,
+    batch_size: int = 1,
+    estimator: PerSampleGradient | None = None,
+    only_correct: bool = True,
+    parameters: str = "",
+) -> InputMoments:
+    """What a task that the model has learned asks of the directions of each weight matrix's inputs.
+
+    For :class:`agcl.gating.DirectionalGate`, by way of :meth:`InputMoments.maps`; those of several tasks are added.
+
+    Args:
+        model: See `compute_importance`.
+        rows: See `compute_importance`.
+        num_samples: Rows to use.
+        batch_size: Rows that are run together.
+        estimator: Whose objective's gradient weights the inputs; ``LRP()`` if left out.
+        only_correct: See `compute_importance`.
+        parameters: Regular expression; only matrices whose name it is found in are looked at.
+
+    Returns:
+        The moments of all parameters that are weight matrices of linear maps; embeddings and what is tied to them are
+        not among them.
+
+    Raises:
+        AgclError: For options or rows that cannot be used, and if no row is answered correctly.
+        UnsupportedModelError: If the estimator cannot see into the model.
+    """
+    check_options(num_samples, batch_size, 8, parameters)
+    estimator = LRP() if estimator is None else estimator
+    samples = list(samples_of(rows, next(model.parameters()).device))
+    if not samples:
+        raise AgclError(_NO_ANSWER)
+    names = matching_parameters(model, parameters)
+    evidence = Evidence(model, names, samples, num_samples, batch_size=batch_size, only_correct=only_correct)
+    moments = input_moments(evidence, estimator, find_matrices(model, names, samples[0], estimator.rule))
+    if not evidence.num_used:
+        raise AgclError(_NOT_LEARNED)
+    return moments
 
 
 def check_computable(
@@ -115,7 +163,7 @@ def check_computable(
     names = matching_parameters(model, parameters)
     first = next(samples_of(rows, next(model.parameters()).device), None)
     if first is None:
-        raise AgclError("No row for attribution has a label other than -100, so none has an answer.")
+        raise AgclError(_NO_ANSWER)
     (LRP() if estimator is None else estimator).check(model, names, first)
 
 

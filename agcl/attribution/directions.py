@@ -16,8 +16,11 @@ Intelligence 2019, arXiv 1810.01256), gradient projection memory (Saha et al., I
 """
 
 import itertools
+import zlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -35,8 +38,10 @@ from agcl.attribution.passes import (
     selected_parameters,
 )
 from agcl.attribution.uses import ParameterUses, UnseenUseError, Use
+from agcl.errors import AgclError
 
 _ROUNDING = 1e-12  # of a squared gradient
+Control = Literal["none", "shuffled", "flattened"]
 OnUse = Callable[[str, Use, Tensor], None]
 
 
@@ -73,18 +78,73 @@ def find_matrices(model: nn.Module, parameters: Sequence[str], sample: Sample, r
     return {n: k == {"transposed"} for n, k in kinds.items() if k in ({"linear"}, {"transposed"})}
 
 
-def input_moments(evidence: Evidence, estimator: PerSampleGradient, *, weighted: bool = True) -> dict[str, Tensor]:
+@dataclass(frozen=True)
+class InputMoments:
+    """What tasks ask of the directions of weight matrices' inputs; those of several tasks add up.
+
+    Attributes:
+        sums: Name -> ``A``, float32, shape (in, in), symmetric, positive semi-definite, not all zero.
+        transposed: Name -> whether the matrix is used as ``x W``, W of shape (in, out), instead of ``x W^T``.
+    """
+
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    transposed: dict[str, bool] = field(default_factory=dict)
+
+    def __add__(self, other: "InputMoments") -> "InputMoments":
+        sums = dict(self.sums)
+        for name, moment in other.sums.items():
+            sums[name] = sums[name] + moment if name in sums else moment
+        return InputMoments(sums, self.transposed | other.transposed)
+
+    def maps(
+        self, plasticity: float = 0.8, strength: float = 1.0, control: Control = "none", seed: int = 0
+    ) -> dict[str, tuple[Tensor, bool]]:
+        """How far each matrix may move in which direction, for :class:`agcl.gating.DirectionalGate`.
+
+        Args:
+            plasticity: Mean share over the directions of a matrix, in (0, 1); the same however many tasks there were.
+            strength: Exponent >= 0 of the shares, which then have a lower mean.
+            control: ``"shuffled"``: the same shares in random directions; ``"flattened"``: their mean in all of them.
+            seed: Of the random directions.
+
+        Returns:
+            Name -> the map, float32, shape (in, in), and whether the matrix is transposed.
+
+        Raises:
+            AgclError: For another plasticity.
+        """
+        if not 0 < plasticity < 1:
+            raise AgclError(f"`plasticity` is {plasticity}; choose a number between 0 and 1.")
+        found = {}
+        for name, moment in self.sums.items():
+            shares, directions = shares_kept(moment, plasticity)
+            shares = shares**strength
+            if control == "shuffled":
+                generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
+                directions = torch.linalg.qr(torch.randn(moment.shape, generator=generator)).Q.to(moment.device)
+            kept = (directions * shares) @ directions.T
+            if control == "flattened":
+                kept = torch.eye(len(shares), device=moment.device) * shares.mean()
+            found[name] = kept, self.transposed[name]
+        return found
+
+
+def input_moments(
+    evidence: Evidence, estimator: PerSampleGradient, transposed: dict[str, bool], *, weighted: bool = True
+) -> InputMoments:
     """``A`` of each matrix: second moments of its inputs, weighted by the squared gradient at its outputs.
 
     Args:
-        evidence: Model, rows and the names of the matrices, as from :func:`find_matrices`; ``num_used`` is set.
+        evidence: Model, rows and parameters, of which those that are no matrices are left out; ``num_used`` is set.
         estimator: Whose objective's gradient is taken, under its rules.
+        transposed: The matrices, as from :func:`find_matrices`.
         weighted: If not, every input on which the objective rests at all counts alike.
 
     Returns:
-        Name -> float32, shape (in, in), symmetric, positive semi-definite; empty if no row is used.
+        The moments; of no matrix, if no row is used.
     """
-    selected, moments = evidence.selected(), dict[str, Tensor]()
+    names = [name for name in evidence.parameters if name in transposed]
+    selected, moments = selected_parameters(evidence.model, names), dict[str, Tensor]()
 
     def on_gradient(name: str, use: Use, upstream: Tensor) -> None:
         weight = upstream.reshape(-1, upstream.shape[-1]).float().square().sum(1)
@@ -111,7 +171,8 @@ def input_moments(evidence: Evidence, estimator: PerSampleGradient, *, weighted:
                     torch.autograd.backward(total, inputs=roots)
         evidence.num_used += len(terms)
         evidence.on_progress(len(terms))
-    return moments
+    sums = {name: moment for name, moment in moments.items() if moment.any()}  # else the answers do not rest on it
+    return InputMoments(sums, {name: transposed[name] for name in sums})
 
 
 def _batches(evidence: Evidence) -> Iterator[list[Sample]]:

@@ -1,19 +1,16 @@
 """What a run knows of the directions that its tasks need, and the gate made from it."""
 
-import zlib
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from agcl.attribution.directions import find_matrices, input_moments, shares_kept
+from agcl.attribution.directions import Control, InputMoments, find_matrices, input_moments
 from agcl.attribution.estimators import Evidence, PerSampleGradient
 from agcl.attribution.passes import Sample
 from agcl.errors import AgclError
 from agcl.gating import DirectionalGate
-
-Control = Literal["none", "shuffled", "flattened"]
 
 
 @dataclass(frozen=True)
@@ -49,12 +46,11 @@ class DirectionsSoFar:
         options: See :class:`Directions`.
         estimator: Whose rules and objective weight the inputs.
         strength: Exponent of the share that is kept in each direction.
-        control: ``shuffled``: the same shares in random directions; ``flattened``: their mean in all directions.
+        control: See :meth:`InputMoments.maps`.
     """
 
     def __init__(self, options: Directions, estimator: PerSampleGradient, strength: float, control: Control) -> None:
-        self.moments: dict[str, Tensor] = {}
-        """Name -> float32, shape (in, in)."""
+        self.moments = InputMoments()
         self._options, self._estimator, self._strength, self._control = options, estimator, strength, control
         self._transposed: dict[str, bool] = {}
         self._gate: DirectionalGate | None = None
@@ -76,36 +72,21 @@ class DirectionsSoFar:
 
     def names(self) -> set[str]:
         """The matrices that are gated by direction, once a task is learned."""
-        return set(self.moments)
+        return set(self.moments.sums)
 
     def learn(self, evidence: Evidence) -> None:
         """Take in the task just learned; the model is the one that learned it."""
-        evidence.parameters = [name for name in evidence.parameters if name in self._transposed]
-        moments = input_moments(evidence, self._estimator, weighted=self._options.weighted)
-        for name, moment in moments.items():
-            if moment.any():  # else the answers do not rest on it
-                self.moments[name] = self.moments[name] + moment if name in self.moments else moment
+        weighted = self._options.weighted
+        self.moments += input_moments(evidence, self._estimator, self._transposed, weighted=weighted)
 
     def attach(self, optimizer: torch.optim.Optimizer, model: nn.Module, seed: int) -> None:
         """Gate what is learned from now on."""
         self.detach()
-        if self.moments:
-            maps = {name: (self._map(name, seed), self._transposed[name]) for name in self.moments}
+        if self.moments.sums:
+            maps = self.moments.maps(self._options.plasticity, self._strength, self._control, seed)
             gate = DirectionalGate(model.named_parameters(), maps, self._options.every, **self._interrupted)
             self._gate = gate.attach(optimizer)
         self._interrupted = {}
-
-    def _map(self, name: str, seed: int) -> Tensor:
-        moment = self.moments[name]
-        shares, directions = shares_kept(moment, self._options.plasticity)
-        shares = shares**self._strength
-        if self._control == "flattened":
-            return torch.eye(len(shares), device=moment.device) * shares.mean()
-        if self._control == "shuffled":
-            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
-            random = torch.randn(moment.shape, generator=generator).to(moment.device)
-            directions = torch.linalg.qr(random).Q
-        return (directions * shares) @ directions.T
 
     def close(self) -> None:
         """Before weights are read for good."""
@@ -124,17 +105,19 @@ class DirectionsSoFar:
 
     def held(self) -> list[Tensor]:
         """Tensors held between steps."""
-        return [*self.moments.values(), *([] if self._gate is None else self._gate.held())]
+        return [*self.moments.sums.values(), *([] if self._gate is None else self._gate.held())]
 
     def to(self, device: torch.device) -> None:
         """Have the moments beside the weights."""
-        self.moments = {name: moment.to(device) for name, moment in self.moments.items()}
+        sums = {name: moment.to(device) for name, moment in self.moments.sums.items()}
+        self.moments = InputMoments(sums, self.moments.transposed)
 
     def state_dict(self) -> dict[str, Any]:
         """What resuming needs."""
         gate = self._interrupted if self._gate is None else self._gate.state_dict()
-        return {"moments": dict(self.moments), "gate": gate}
+        return {**vars(self.moments), "gate": gate}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` gave."""
-        self.moments, self._interrupted = dict(state_dict["moments"]), dict(state_dict["gate"])
+        self.moments = InputMoments(dict(state_dict["sums"]), dict(state_dict["transposed"]))
+        self._interrupted = dict(state_dict["gate"])

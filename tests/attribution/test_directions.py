@@ -2,9 +2,11 @@ import pytest
 import torch
 from tiny_decoders import IDS, POSITIONS, TARGETS, tiny_gpt2, tiny_llama
 
-from agcl.attribution.directions import find_matrices, input_moments, shares_kept
+from agcl.attribution.computing import compute_input_moments
+from agcl.attribution.directions import InputMoments, find_matrices, input_moments, shares_kept
 from agcl.attribution.estimators import LRP, Evidence
 from agcl.attribution.passes import Sample
+from agcl.errors import AgclError
 
 SAMPLE = Sample(IDS[0], POSITIONS, TARGETS)
 LONGER = Sample(torch.tensor([1, 4, 4, 8, 2, 11, 20, 6, 3]), torch.tensor([2, 5, 7]), torch.tensor([1, 2, 3]))
@@ -16,8 +18,12 @@ def names_of(model):
 
 
 def evidence_of(model, samples, **options):
-    names = list(find_matrices(model, names_of(model), SAMPLE, "none"))
-    return Evidence(model, names, samples, len(samples), **{"only_correct": False, **options})
+    return Evidence(model, names_of(model), samples, len(samples), **{"only_correct": False, **options})
+
+
+def moments_of(evidence, estimator, **options):
+    matrices = find_matrices(evidence.model, evidence.parameters, SAMPLE, "none")
+    return input_moments(evidence, estimator, matrices, **options).sums
 
 
 def reference(model, name, samples, weighted=True):
@@ -55,7 +61,7 @@ def test_matrices_are_the_linear_maps_alone():
 @pytest.mark.parametrize(("batch_size", "weighted"), [(1, True), (2, True), (2, False)])
 def test_moments_are_the_inputs_weighted_by_the_squared_gradient_at_the_output(make, batch_size, weighted):
     model, samples = make(), [SAMPLE, LONGER]
-    moments = input_moments(evidence_of(model, samples, batch_size=batch_size), LRP(rule="none"), weighted=weighted)
+    moments = moments_of(evidence_of(model, samples, batch_size=batch_size), LRP(rule="none"), weighted=weighted)
     assert moments
     for name, moment in moments.items():
         expected = reference(model, name, samples, weighted)
@@ -64,7 +70,7 @@ def test_moments_are_the_inputs_weighted_by_the_squared_gradient_at_the_output(m
 
 def test_a_direction_that_no_input_has_does_not_count():
     model = tiny_llama()
-    moments = input_moments(evidence_of(model, [SAMPLE]), LRP())
+    moments = moments_of(evidence_of(model, [SAMPLE]), LRP())
     for moment in moments.values():  # 7 tokens, of which at most 7 directions are met
         values = torch.linalg.eigvalsh(moment.double())
         assert values[-1] > 0
@@ -76,13 +82,13 @@ def test_rows_answered_wrongly_do_not_count():
     right = model(LONGER.input_ids[None]).logits[0, LONGER.positions].argmax(-1)
     known = Sample(LONGER.input_ids, LONGER.positions, right)
     evidence = evidence_of(model, [SAMPLE, known], batch_size=2, only_correct=True)
-    moments = input_moments(evidence, LRP())
-    alone = input_moments(evidence_of(model, [known]), LRP())
+    moments = moments_of(evidence, LRP())
+    alone = moments_of(evidence_of(model, [known]), LRP())
     assert evidence.num_used == 1
     for name, moment in moments.items():
         assert torch.allclose(moment, alone[name], rtol=1e-4, atol=1e-6 * float(alone[name].abs().max()))
     nothing = evidence_of(model, [SAMPLE], only_correct=True)
-    assert input_moments(nothing, LRP()) == {}
+    assert moments_of(nothing, LRP()) == {}
     assert nothing.num_used == 0
 
 
@@ -105,9 +111,34 @@ def test_where_most_directions_are_free_the_others_are_closed():
 def test_moments_are_added_up_in_float32_under_autocast():
     model = tiny_llama().float()
     with torch.autocast("cpu", torch.bfloat16):
-        moments = input_moments(evidence_of(model, [SAMPLE, LONGER], batch_size=2), LRP())
-    wide = input_moments(evidence_of(model, [SAMPLE, LONGER], batch_size=2), LRP())
+        moments = moments_of(evidence_of(model, [SAMPLE, LONGER], batch_size=2), LRP())
+    wide = moments_of(evidence_of(model, [SAMPLE, LONGER], batch_size=2), LRP())
     for name, moment in moments.items():
         assert moment.dtype == torch.float32
         assert not torch.equal(moment, moment.bfloat16().float())
         assert torch.allclose(moment, wide[name], atol=0.1 * float(wide[name].abs().max())), name
+
+
+def test_moments_of_tasks_add_up_and_make_maps():
+    model = tiny_llama().float()
+    rows = [{"input_ids": s.input_ids, "labels": torch.full_like(s.input_ids, -100)} for s in (SAMPLE, LONGER)]
+    for row, sample in zip(rows, (SAMPLE, LONGER), strict=True):
+        row["labels"][-1] = sample.input_ids[-1]
+    both = compute_input_moments(model, rows, only_correct=False)
+    each = [compute_input_moments(model, [row], only_correct=False) for row in rows]
+    together = InputMoments() + each[0] + each[1]
+    assert together.transposed == both.transposed
+    for name, moment in both.sums.items():
+        assert torch.allclose(moment, together.sums[name], rtol=1e-4, atol=1e-6 * float(moment.max()))
+    for name, (kept, is_transposed) in both.maps(0.6).items():
+        assert not is_transposed
+        assert float(kept.diagonal().mean()) == pytest.approx(0.6, abs=1e-3), name
+        random = both.maps(0.6, control="shuffled", seed=1)[name][0]
+        assert torch.allclose(torch.linalg.eigvalsh(random), torch.linalg.eigvalsh(kept), atol=1e-4)
+        assert not torch.allclose(random, kept, atol=0.1)
+    with pytest.raises(AgclError, match=r"`plasticity` is 1\.5"):
+        both.maps(1.5)
+    with pytest.raises(AgclError, match="No row is answered correctly"):
+        compute_input_moments(model, rows)
+    with pytest.raises(AgclError, match="none has an answer"):
+        compute_input_moments(model, [])

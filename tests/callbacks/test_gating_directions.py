@@ -42,7 +42,7 @@ def test_matrices_hardly_move_in_the_directions_that_the_first_task_needs(
     def keep(evidence):
         learn(evidence)
         moments.update(
-            {} if moments else {name: tensor.clone() for name, tensor in callback._directions.moments.items()}
+            {} if moments else {name: tensor.clone() for name, tensor in callback._directions.moments.sums.items()}
         )
 
     monkeypatch.setattr(callback._directions, "learn", keep)

@@ -41,7 +41,11 @@ def test_plain_pytorch_and_no_example_loads_lightning():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
-    check(json.loads(done.stdout.splitlines()[-1]))
+    results = json.loads(done.stdout.splitlines()[-1])
+    check(results)
+    (old, new), (old_gated, _) = results["by direction"], results["with the gate"]
+    assert 0.05 < new < 0.1
+    assert old < 0.6 * old_gated
 
 
 @pytest.mark.slow  # the notebook, which is always run, and TRL's trainer go the same way
