@@ -17,6 +17,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode, resolve_name
 
 from agcl.attribution.operations import OPERATIONS
+from agcl.attribution.pieces import Part
 from agcl.attribution.roles import CASTS, FLIPS, GROUPED, ROLES, SUMS, Kind
 
 _FORM = "_agcl_form"  # attribute of stand-ins and what is made of them, none of which outlives the pass
@@ -76,6 +77,23 @@ class Use:
                 part = arrived.T @ entered if self.kind == "linear" else entered.T @ arrived
         part = part.to(like.dtype)  # autocast sends back narrower gradients
         return part if total is None else total.add_(part)
+
+    def part(self, index: int, upstream: Tensor) -> Part:
+        """The same of a matrix, in factors; tokens that nothing came back to, padding among them, are left out.
+
+        Args:
+            index: Of the sample.
+            upstream: Gradient at the operation's output, whole batch.
+        """
+        arrived = self.sample(upstream, index)
+        arrived = arrived.reshape(-1, arrived.shape[-1])
+        is_reached = arrived.any(-1)
+        entered = self.sample(self.inputs(), index)
+        if self.kind == "lookup":
+            return Part(entered.reshape(-1)[is_reached], arrived[is_reached])
+        entered = entered.reshape(-1, entered.shape[-1]).to(upstream.dtype)
+        left, right = (arrived, entered) if self.kind == "linear" else (entered, arrived)
+        return Part(left[is_reached], right[is_reached])
 
     def input_squares(self, like: Tensor) -> Tensor:
         """Sum over samples and tokens of the squared input that each weight entry meets, broadcastable to its shape.
