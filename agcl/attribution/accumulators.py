@@ -41,6 +41,10 @@ class Accumulator(ABC):
             ahead: How many samples come between those that are counted and this one.
         """
 
+    def add_square(self, start: int, root: Tensor, ahead: int = 0) -> None:
+        """`add` of the square of ``root``, which may be overwritten."""
+        self.add(start, root.square_(), ahead)
+
     def add_rows(self, rows: Tensor, value: Tensor) -> None:
         """Take in some rows of a sample, of which all others are zero.
 
@@ -71,6 +75,13 @@ class Mean(Accumulator):
     def add(self, start: int, value: Tensor, ahead: int = 0) -> None:
         """See :meth:`Accumulator.add`."""
         self._total[start : start + len(value)].add_(value)
+
+    def add_square(self, start: int, root: Tensor, ahead: int = 0) -> None:
+        """See :meth:`Accumulator.add_square`; one pass over the memory instead of two."""
+        if root.dtype == self._total.dtype:
+            self._total[start : start + len(root)].addcmul_(root, root)
+        else:
+            super().add_square(start, root, ahead)
 
     def add_rows(self, rows: Tensor, value: Tensor) -> None:
         """See :meth:`Accumulator.add_rows`."""

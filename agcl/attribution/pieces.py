@@ -105,17 +105,23 @@ class SampleGradients:
 
     def _cut(self, num_rows: int, skips_zeros: bool) -> Iterator[tuple[Rows, int]]:
         """Rows to do at a time, and how many they are."""
-        if skips_zeros:
-            is_touched = torch.zeros(len(self.like), dtype=torch.bool, device=self.like.device)
-            for part in (part for parts in self._parts for part in parts):
-                part.mark(is_touched)
-            touched = is_touched.nonzero().flatten()
-            if 2 * len(touched) <= len(self.like):
-                yield from ((rows, len(rows)) for rows in touched.split(num_rows) if len(rows))
-                return
+        if skips_zeros and (touched := self._few_touched()) is not None:
+            yield from ((rows, len(rows)) for rows in touched.split(num_rows) if len(rows))
+            return
         for start in range(0, len(self.like), num_rows):
             stop = min(start + num_rows, len(self.like))
             yield slice(start, stop), stop - start
+
+    def _few_touched(self) -> Tensor | None:
+        """Rows that are not zero in all samples, if they are at most half."""
+        is_touched = torch.zeros(len(self.like), dtype=torch.bool, device=self.like.device)
+        touched = is_touched.nonzero().flatten()
+        for part in (part for parts in self._parts for part in parts):
+            part.mark(is_touched)
+            touched = is_touched.nonzero().flatten()
+            if 2 * len(touched) > len(self.like):  # nearly always after the first, but for an embedding
+                return None
+        return touched
 
 
 PieceConsumer = Callable[[str, SampleGradients], None]

@@ -254,8 +254,8 @@ class _Attribution:
         parameter = self.selected[name]
         is_matrix = parameter.dim() == 2 and all(use.kind in ("linear", "transposed", "lookup") for use, _ in parts)
         if self.consume_pieces is not None and is_matrix:
-            factors = [[use.part(index, upstream) for use, upstream in parts] for index in kept]
-            self.consume_pieces(name, SampleGradients(parameter.detach(), factors))
+            by_use = [use.parts(kept, upstream) for use, upstream in parts]
+            self.consume_pieces(name, SampleGradients(parameter.detach(), list(zip(*by_use, strict=True))))
             return
         for index in kept:
             gradient: Tensor | None = None

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,6 +52,9 @@ def summary(name: str, importance: Tensor, strength: float) -> tuple[float, bool
         AgclError: If the importance of the parameter ``name`` has another dtype, or values outside [0, 1].
     """
     num_entries = max(importance.numel(), 1)
+    if strength == 1 and importance.dtype == torch.uint8:
+        level_sum = _sum_of_levels(importance)
+        return 1 - level_sum / (FIXED_POINT[torch.uint8] * num_entries), level_sum == 0
     if (num_levels := FIXED_POINT.get(importance.dtype)) is not None:
         counts = torch.zeros(num_levels + 1, dtype=torch.float64)
         for (piece,) in _chunks(importance):
@@ -67,6 +71,11 @@ def summary(name: str, importance: Tensor, strength: float) -> tuple[float, bool
             raise AgclError(f"Importance of `{name}` has values outside [0, 1] or NaN; normalise it first.")
         total += float(_plasticity(piece, strength, torch.float64).sum())
     return total / num_entries, strength == 0 or not bool(importance.any())
+
+
+def _sum_of_levels(levels: Tensor) -> int:
+    # NumPy adds up bytes ten times as fast as torch does.
+    return int(levels.numpy().sum(dtype=np.int64)) if levels.device.type == "cpu" else int(levels.sum())
 
 
 def _as_float(importance: Tensor, dtype: torch.dtype) -> Tensor:

@@ -22,7 +22,7 @@ class EmpiricalFisher(PerSampleGradient):
         """Log-probability of the answer."""
         return log_probability(logits, targets)
 
-    @by_entry
+    @by_entry(lambda self: True)
     def score(self, parameter: Tensor, gradient: Tensor) -> Tensor:
         """``g ** 2``."""
         return gradient.square_()

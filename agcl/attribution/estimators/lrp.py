@@ -30,7 +30,7 @@ class LRP(PerSampleGradient):
         self.rule = rule
         self._is_relevance = score == "relevance"
 
-    @by_entry
+    @by_entry(lambda self: not self._is_relevance)
     def score(self, parameter: Tensor, gradient: Tensor) -> Tensor:
         """``W * g`` or ``g ** 2``."""
         return gradient.mul_(parameter) if self._is_relevance else gradient.square_()

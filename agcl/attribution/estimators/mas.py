@@ -12,7 +12,7 @@ class MAS(PerSampleGradient):
         """``|logits| ** 2``."""
         return logits.float().square().sum()
 
-    @by_entry
+    @by_entry()
     def score(self, parameter: Tensor, gradient: Tensor) -> Tensor:
         """``|g|``."""
         return gradient.abs_()

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +17,21 @@ from agcl.attribution.turns import Turn
 _Score = TypeVar("_Score", bound=Callable[..., Tensor])
 
 
-def by_entry(score: _Score) -> _Score:
+def by_entry(is_square: Callable[[Any], bool] = lambda estimator: False) -> Callable[[_Score], _Score]:
     """Mark a `PerSampleGradient.score` that treats every entry on its own and gives zero where the gradient is zero.
 
     It may then be given some rows of a matrix at a time, which is faster. A method that overrides it must be marked
     anew.
+
+    Args:
+        is_square: Given the estimator, whether its score is the square of the gradient, which is faster still.
     """
-    score.is_by_entry = True  # type: ignore[attr-defined]
-    return score
+
+    def mark(score: _Score) -> _Score:
+        score.is_square = is_square  # type: ignore[attr-defined]
+        return score
+
+    return mark
 
 
 class PerSampleGradient(Estimator):
@@ -67,10 +74,12 @@ class PerSampleGradient(Estimator):
         def consume(name: str, parameter: Tensor, gradient: Tensor) -> None:
             aggregator.update(name, self.score(parameter.detach(), gradient))
 
-        def consume_pieces(name: str, gradients: SampleGradients) -> None:
-            aggregator.update_batch(name, gradients, self.score)
+        is_square = getattr(self.score, "is_square", None)
 
-        in_pieces = aggregator.takes_pieces and getattr(self.score, "is_by_entry", False)
+        def consume_pieces(name: str, gradients: SampleGradients) -> None:
+            aggregator.update_batch(name, gradients, self.score, is_square is not None and is_square(self))
+
+        in_pieces = aggregator.takes_pieces and is_square is not None
         self.visit(evidence, consume, consume_pieces if in_pieces else None)
         return aggregator.aggregate()
 
