@@ -62,6 +62,19 @@ def aggregating(config, num_planned=NUM_PLANNED):
     return lambda name, parameter, gradient: aggregator.update(name, gradient.mul_(parameter.detach()))
 
 
+def aggregating_pieces(config, is_square=False):
+    """Of a batch, whose gradients are made a few rows at a time; vectors come whole."""
+    aggregator = SampleAggregator(config, NUM_PLANNED)
+
+    def score(parameter, gradient):
+        return gradient.square_() if is_square else gradient.mul_(parameter)
+
+    return {
+        "consume": lambda name, parameter, gradient: aggregator.update(name, score(parameter.detach(), gradient)),
+        "consume_pieces": lambda name, gradients: aggregator.update_batch(name, gradients, score, is_square),
+    }
+
+
 def random_importance(model):
     generator = torch.Generator().manual_seed(0)
     return {
@@ -112,10 +125,14 @@ def attribution_times(model, num_tokens, batch, repeats):
             attribute(model, samples[:1], consume)
         pair = lambda c=consume: [attribute(model, samples[:1], c) for _ in range(2)]  # noqa: E731
         line(f"one row, {name}", smallest_time(pair, repeats), 2)
-    for name, options in {"each row's own": {}, "their sum as one draw": {"per_sample": False}}.items():
-        consume = aggregating(AGGREGATIONS["mean"])
-        seconds = smallest_time(lambda c=consume, o=options: attribute(model, samples, c, **o), repeats)
-        line(f"batch of {batch}, {name}, mean", seconds, batch)
+    for name, options in {
+        "each row's own, mean": aggregating_pieces(AGGREGATIONS["mean"]),
+        "each row's own, mean of squares": aggregating_pieces(AGGREGATIONS["mean"], is_square=True),
+        "each row's own, top-8 by blocks": aggregating_pieces(AGGREGATIONS["top-8 by blocks"]),
+        "their sum as one draw, mean": {"consume": aggregating(AGGREGATIONS["mean"]), "per_sample": False},
+    }.items():
+        seconds = smallest_time(lambda o=options: attribute(model, samples, **o), repeats)
+        line(f"batch of {batch}, {name}", seconds, batch)
     for what, chosen in {"one row": samples[:1], f"batch of {batch}": samples}.items():
         parts = min((time_by_part(model, chosen) for _ in range(repeats)), key=lambda parts: sum(parts.values()))
         shares = ", ".join(f"{part} {seconds / sum(parts.values()):.0%}" for part, seconds in parts.items())
@@ -125,18 +142,21 @@ def attribution_times(model, num_tokens, batch, repeats):
 def time_by_part(model, samples):
     """Seconds of the forward pass, of the backward pass and of what consumes its gradients."""
     marks, spent = [clock()], [0.0]
-    update = aggregating(AGGREGATIONS["top-8 by blocks"])
+    consumers = aggregating_pieces(AGGREGATIONS["top-8 by blocks"])
 
     def objective(logits, targets):  # the first thing after the forward pass
         marks.append(clock())
         return target_logit(logits, targets)
 
-    def consume(*arguments):
-        start = clock()
-        update(*arguments)
-        spent[0] += clock() - start
+    def timed(consume):
+        def consume_timed(*arguments):
+            start = clock()
+            consume(*arguments)
+            spent[0] += clock() - start
 
-    attribute(model, samples, consume, objective=objective)
+        return consume_timed
+
+    attribute(model, samples, objective=objective, **{name: timed(consume) for name, consume in consumers.items()})
     end = clock()
     return {
         "forward": marks[1] - marks[0],

@@ -4,6 +4,7 @@ All work entry by entry on a flat parameter, a piece at a time, so that temporar
 """
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -14,25 +15,44 @@ _PIECE = 2**20  # entries whose K values are wide at one time
 class Accumulator(ABC):
     """Of one parameter. For each sample: `add` every piece once, then count it with `next_sample`.
 
+    Several samples may be added side by side, piece by piece, each ``ahead`` of the count, and then be counted at once.
+
     Attributes:
         count: Number of samples taken in.
+        skips_zeros: Whether pieces that are zero may be left out; `add_rows` then takes what is left.
     """
+
+    skips_zeros: ClassVar[bool] = False
 
     def __init__(self) -> None:
         self.count = 0
 
-    def next_sample(self) -> None:
-        """All pieces of a sample have been added."""
-        self.count += 1
+    def next_sample(self, num_samples: int = 1) -> None:
+        """All pieces of a sample, or of several, have been added."""
+        self.count += num_samples
 
     @abstractmethod
-    def add(self, start: int, value: Tensor) -> None:
-        """Take in a piece of the current sample.
+    def add(self, start: int, value: Tensor, ahead: int = 0) -> None:
+        """Take in a piece of a sample; the same piece of the samples before it has been taken in.
 
         Args:
             start: Index of the piece's first entry in the flat parameter.
             value: Shape ``(n,)``, floating point; neither changed nor kept.
+            ahead: How many samples come between those that are counted and this one.
         """
+
+    def add_square(self, start: int, root: Tensor, ahead: int = 0) -> None:
+        """`add` of the square of ``root``, which may be overwritten."""
+        self.add(start, root.square_(), ahead)
+
+    def add_rows(self, rows: Tensor, value: Tensor) -> None:
+        """Take in some rows of a sample, of which all others are zero.
+
+        Args:
+            rows: Their numbers, int64, each once.
+            value: Shape ``(rows, width)``, floating point.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def score(self, num_samples: int) -> Tensor:
@@ -46,13 +66,26 @@ class Accumulator(ABC):
 class Mean(Accumulator):
     """Mean over all samples of the task, those that did not reach the parameter counting as zero; 4 bytes an entry."""
 
+    skips_zeros = True
+
     def __init__(self, size: int, device: torch.device) -> None:
         super().__init__()
         self._total = torch.zeros(size, device=device)
 
-    def add(self, start: int, value: Tensor) -> None:
+    def add(self, start: int, value: Tensor, ahead: int = 0) -> None:
         """See :meth:`Accumulator.add`."""
         self._total[start : start + len(value)].add_(value)
+
+    def add_square(self, start: int, root: Tensor, ahead: int = 0) -> None:
+        """See :meth:`Accumulator.add_square`; one pass over the memory instead of two."""
+        if root.dtype == self._total.dtype:
+            self._total[start : start + len(root)].addcmul_(root, root)
+        else:
+            super().add_square(start, root, ahead)
+
+    def add_rows(self, rows: Tensor, value: Tensor) -> None:
+        """See :meth:`Accumulator.add_rows`."""
+        self._total.view(-1, value.shape[1]).index_add_(0, rows, value.to(self._total.dtype))
 
     def score(self, num_samples: int) -> Tensor:
         """See :meth:`Accumulator.score`."""
@@ -74,16 +107,16 @@ class TopKMean(Accumulator):
         super().__init__()
         self._largest = torch.empty(top_k, size, dtype=dtype, device=device)
 
-    def add(self, start: int, value: Tensor) -> None:
+    def add(self, start: int, value: Tensor, ahead: int = 0) -> None:
         """See :meth:`Accumulator.add`."""
-        held = self._largest[:, start : start + len(value)]
+        held, num_held = self._largest[:, start : start + len(value)], self.count + ahead
         value = value.to(held.dtype)
-        for row in held[: self.count]:
+        for row in held[:num_held]:
             smaller = torch.minimum(row, value)
             torch.maximum(row, value, out=row)
             value = smaller
-        if self.count < len(held):
-            held[self.count].copy_(value)
+        if num_held < len(held):
+            held[num_held].copy_(value)
 
     def score(self, num_samples: int) -> Tensor:
         """See :meth:`Accumulator.score`."""
@@ -120,9 +153,9 @@ class BlockMaximaMean(Accumulator):
         """The block of a sample."""
         return min(index * self._top_k // self._num_planned, self._top_k - 1)
 
-    def add(self, start: int, value: Tensor) -> None:
+    def add(self, start: int, value: Tensor, ahead: int = 0) -> None:
         """See :meth:`Accumulator.add`."""
-        index, piece = self.count, slice(start, start + len(value))
+        index, piece = self.count + ahead, slice(start, start + len(value))
         is_first = index == 0 or self._block(index - 1) < self._block(index)
         is_last = self._block(index) < self._block(index + 1)
         held, total = self._maximum[piece], self._total[piece]

@@ -25,6 +25,7 @@ from agcl.attribution.passes import (
     selected_parameters,
     target_logit,
 )
+from agcl.attribution.pieces import PieceConsumer, SampleGradients
 from agcl.attribution.support import check_choice
 from agcl.attribution.uses import ParameterUses, UnseenUseError, Use
 from agcl.errors import AgclError, UnsupportedModelError
@@ -46,6 +47,7 @@ def attribute_batch(
     per_sample: bool = True,
     objective: Objective = target_logit,
     choose: Choice | None = None,
+    consume_pieces: PieceConsumer | None = None,
 ) -> list[bool]:
     """Run samples forward and backward together and hand over each parameter's gradients as soon as they exist.
 
@@ -73,6 +75,9 @@ def attribute_batch(
         objective: ``(logits (k, vocabulary), targets (k,)) -> scalar`` of one sample, whose gradient is taken.
         choose: Called after the forward pass with what would be attributed (a flag for each sample, in their order, all
             or some at a time); gives what is attributed in its place.
+        consume_pieces: Called with ``(name, gradients)`` in the place of ``consume`` for each matrix of which the
+            gradients of all attributed samples can be made a few rows at a time, see
+            :class:`agcl.attribution.pieces.SampleGradients`.
 
     Returns:
         For each sample whether it was attributed; False if it was skipped as answered wrongly.
@@ -86,7 +91,7 @@ def attribute_batch(
     if not samples:
         raise AgclError("`samples` is empty; give at least one.")
     attribution = _Attribution(
-        model, selected_parameters(model, parameters), consume, rule, only_correct, objective, choose
+        model, selected_parameters(model, parameters), consume, rule, only_correct, objective, choose, consume_pieces
     )
     if has_shards(model):
         passes = [[sample] for sample in samples] if per_sample else [list(samples)]
@@ -175,6 +180,7 @@ class _Attribution:
     only_correct: bool
     objective: Objective = target_logit
     choose: Choice | None = None
+    consume_pieces: PieceConsumer | None = None
 
     def of_sum(self, samples: Sequence[Sample]) -> list[bool]:
         """Gradients of the samples' summed objectives."""
@@ -222,13 +228,7 @@ class _Attribution:
                 hand_over(name)
 
         def hand_over(name: str) -> None:
-            parameter, parts = self.selected[name], arrived.pop(name)
-            for index in kept:
-                gradient: Tensor | None = None
-                for use, upstream in parts:
-                    gradient = use.add_gradient(gradient, parameter.detach(), index, upstream)
-                if gradient is not None:
-                    self.consume(name, parameter, gradient)
+            self._hand_over(name, arrived.pop(name), kept)
 
         with recording():
             stand_ins = make_stand_ins(self.model, self.selected)
@@ -248,6 +248,21 @@ class _Attribution:
                 for name in [name for name, parts in arrived.items() if parts]:
                     hand_over(name)  # one of its uses was not reached
         return flags
+
+    def _hand_over(self, name: str, parts: list[tuple[Use, Tensor]], kept: Sequence[int]) -> None:
+        """Let one parameter's gradients be consumed, given its uses and what came back to them."""
+        parameter = self.selected[name]
+        is_matrix = parameter.dim() == 2 and all(use.kind in ("linear", "transposed", "lookup") for use, _ in parts)
+        if self.consume_pieces is not None and is_matrix:
+            by_use = [use.parts(kept, upstream) for use, upstream in parts]
+            self.consume_pieces(name, SampleGradients(parameter.detach(), list(zip(*by_use, strict=True))))
+            return
+        for index in kept:
+            gradient: Tensor | None = None
+            for use, upstream in parts:
+                gradient = use.add_gradient(gradient, parameter.detach(), index, upstream)
+            if gradient is not None:
+                self.consume(name, parameter, gradient)
 
     def _total(self, logits: list[Tensor], samples: Sequence[Sample]) -> tuple[list[bool], Tensor | None]:
         """Which samples are attributed, and the sum of their objectives."""

@@ -7,7 +7,7 @@ remembers the inputs of each operation that used them. It follows a parameter th
 the gradient of ``w``, and, where one sample runs alone, through the choice of experts.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode, resolve_name
 
 from agcl.attribution.operations import OPERATIONS
+from agcl.attribution.pieces import Part
 from agcl.attribution.roles import CASTS, FLIPS, GROUPED, ROLES, SUMS, Kind
 
 _FORM = "_agcl_form"  # attribute of stand-ins and what is made of them, none of which outlives the pass
@@ -76,6 +77,28 @@ class Use:
                 part = arrived.T @ entered if self.kind == "linear" else entered.T @ arrived
         part = part.to(like.dtype)  # autocast sends back narrower gradients
         return part if total is None else total.add_(part)
+
+    def parts(self, indices: Sequence[int], upstream: Tensor) -> list[Part]:
+        """The gradients of some samples by a matrix, in factors.
+
+        Tokens before the first and after the last that anything came back to, padding among them, are left out.
+
+        Args:
+            indices: Of the samples.
+            upstream: Gradient at the operation's output, whole batch.
+        """
+        arrived = self._by_sample(upstream)
+        spans = [_span(flags) for flags in arrived.any(-1).tolist()]
+        if self.kind == "lookup":
+            ids = self.inputs().reshape(self.num_samples, -1)
+            return [Part(ids[index, spans[index]], arrived[index, spans[index]]) for index in indices]
+        entered = self._by_sample(self.inputs().to(upstream.dtype))
+        left, right = (arrived, entered) if self.kind == "linear" else (entered, arrived)
+        return [Part(left[index, spans[index]], right[index, spans[index]]) for index in indices]
+
+    def _by_sample(self, tensor: Tensor) -> Tensor:
+        """Of shape (batch, tokens, features)."""
+        return tensor.reshape(self.num_samples, -1, tensor.shape[-1])
 
     def input_squares(self, like: Tensor) -> Tensor:
         """Sum over samples and tokens of the squared input that each weight entry meets, broadcastable to its shape.
@@ -221,6 +244,11 @@ class ParameterUses(TorchFunctionMode):
         if not is_known:
             raise UnseenUseError(f"{_name(func)} of shape {tuple(output.shape)}")
         self._report(form.name, use, output)
+
+
+def _span(flags: list[bool]) -> slice:
+    """From the first to the last that is set."""
+    return slice(flags.index(True), len(flags) - flags[::-1].index(True)) if any(flags) else slice(0)
 
 
 def _form_of(value: Any) -> _Form | None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -59,11 +60,10 @@ def mean_plasticity(name: str, importance: Tensor, strength: float) -> tuple[flo
         AgclError: If the importance of the parameter ``name`` has another dtype, or values outside [0, 1].
     """
     num_entries = max(importance.numel(), 1)
-    num_levels = FIXED_POINT.get(importance.dtype)
-    if num_levels is not None and strength == 1:  # a sum is faster than a histogram
-        held = sum(int(piece.sum(dtype=torch.int64)) for (piece,) in _chunks(importance)) / num_levels
-        return (importance.numel() - held) / num_entries, held == 0
-    if num_levels is not None:
+    if strength == 1 and importance.dtype == torch.uint8:
+        level_sum = _sum_of_levels(importance)
+        return 1 - level_sum / (FIXED_POINT[torch.uint8] * num_entries), level_sum == 0
+    if (num_levels := FIXED_POINT.get(importance.dtype)) is not None:
         counts = torch.zeros(num_levels + 1, dtype=torch.float64)
         for (piece,) in _chunks(importance):
             counts += torch.bincount(piece.reshape(-1).int(), minlength=num_levels + 1).cpu()
@@ -79,6 +79,11 @@ def mean_plasticity(name: str, importance: Tensor, strength: float) -> tuple[flo
             raise AgclError(f"Importance of `{name}` has values outside [0, 1] or NaN; normalise it first.")
         total += float(_plasticity(piece, strength, torch.float64).sum())
     return total / num_entries, strength == 0 or not bool(importance.any())
+
+
+def _sum_of_levels(levels: Tensor) -> int:
+    # NumPy adds up bytes ten times as fast as torch does.
+    return int(levels.numpy().sum(dtype=np.int64)) if levels.device.type == "cpu" else int(levels.sum())
 
 
 def _as_float(importance: Tensor, dtype: torch.dtype) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from agcl.attribution.estimators.interface import Evidence
-from agcl.attribution.estimators.per_sample import PerSampleGradient, log_probability
+from agcl.attribution.estimators.per_sample import PerSampleGradient, by_entry, log_probability
 
 
 class EmpiricalFisher(PerSampleGradient):
@@ -22,6 +22,7 @@ class EmpiricalFisher(PerSampleGradient):
         """Log-probability of the answer."""
         return log_probability(logits, targets)
 
+    @by_entry(lambda self: True)
     def score(self, parameter: Tensor, gradient: Tensor) -> Tensor:
         """``g ** 2``."""
         return gradient.square_()

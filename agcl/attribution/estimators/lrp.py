@@ -4,7 +4,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from agcl.attribution.estimators.per_sample import PerSampleGradient
+from agcl.attribution.estimators.per_sample import PerSampleGradient, by_entry
 from agcl.attribution.passes import GradientRule
 from agcl.attribution.support import check_choice
 
@@ -30,6 +30,7 @@ class LRP(PerSampleGradient):
         self.rule = rule
         self._is_relevance = score == "relevance"
 
+    @by_entry(lambda self: not self._is_relevance)
     def score(self, parameter: Tensor, gradient: Tensor) -> Tensor:
         """``W * g`` or ``g ** 2``."""
         return gradient.mul_(parameter) if self._is_relevance else gradient.square_()

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from agcl.attribution.estimators.per_sample import PerSampleGradient
+from agcl.attribution.estimators.per_sample import PerSampleGradient, by_entry
 
 
 class MAS(PerSampleGradient):
@@ -12,6 +12,7 @@ class MAS(PerSampleGradient):
         """``|logits| ** 2``."""
         return logits.float().square().sum()
 
+    @by_entry()
     def score(self, parameter: Tensor, gradient: Tensor) -> Tensor:
         """``|g|``."""
         return gradient.abs_()

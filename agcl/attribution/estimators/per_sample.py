@@ -1,7 +1,8 @@
 """Estimators that aggregate something made of each sample's gradient."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -9,8 +10,28 @@ from torch import Tensor, nn
 from agcl.attribution.estimators.interface import Estimator, Evidence
 from agcl.attribution.importance import SampleAggregator
 from agcl.attribution.passes import GradientRule, Sample, target_logit
+from agcl.attribution.pieces import PieceConsumer, SampleGradients
 from agcl.attribution.relevance import Consumer, attribute_batch
 from agcl.attribution.turns import Turn
+
+_Score = TypeVar("_Score", bound=Callable[..., Tensor])
+
+
+def by_entry(is_square: Callable[[Any], bool] = lambda estimator: False) -> Callable[[_Score], _Score]:
+    """Mark a `PerSampleGradient.score` that treats every entry on its own and gives zero where the gradient is zero.
+
+    It may then be given some rows of a matrix at a time, which is faster. A method that overrides it must be marked
+    anew.
+
+    Args:
+        is_square: Given the estimator, whether its score is the square of the gradient, which is faster still.
+    """
+
+    def mark(score: _Score) -> _Score:
+        score.is_square = is_square  # type: ignore[attr-defined]
+        return score
+
+    return mark
 
 
 class PerSampleGradient(Estimator):
@@ -35,6 +56,8 @@ class PerSampleGradient(Estimator):
         Args:
             parameter: Detached.
             gradient: Same shape; may be overwritten.
+
+        Where it is marked with `by_entry`, both may be rows of a matrix.
         """
         raise NotImplementedError
 
@@ -51,10 +74,16 @@ class PerSampleGradient(Estimator):
         def consume(name: str, parameter: Tensor, gradient: Tensor) -> None:
             aggregator.update(name, self.score(parameter.detach(), gradient))
 
-        self.visit(evidence, consume)
+        is_square = getattr(self.score, "is_square", None)
+
+        def consume_pieces(name: str, gradients: SampleGradients) -> None:
+            aggregator.update_batch(name, gradients, self.score, is_square is not None and is_square(self))
+
+        in_pieces = aggregator.takes_pieces and is_square is not None
+        self.visit(evidence, consume, consume_pieces if in_pieces else None)
         return aggregator.aggregate()
 
-    def visit(self, evidence: Evidence, consume: Consumer) -> None:
+    def visit(self, evidence: Evidence, consume: Consumer, consume_pieces: PieceConsumer | None = None) -> None:
         """Run samples until enough were used; several processes take turns with them.
 
         The samples used are the same for any number of processes, and so is the order in which they are consumed.
@@ -63,6 +92,7 @@ class PerSampleGradient(Estimator):
             evidence: Where ``num_used`` is set.
             consume: As for :func:`attribute_batch`; of several processes, called with this one's part of parameter and
                 gradient for the samples of all.
+            consume_pieces: As for :func:`attribute_batch`; not called where there are several processes.
         """
         samples, ranks = iter(evidence.samples), evidence.ranks
         while batch := _take(samples, min(evidence.batch_size * ranks.size, evidence.num_samples - evidence.num_used)):
@@ -80,6 +110,7 @@ class PerSampleGradient(Estimator):
                 per_sample=evidence.per_sample,
                 objective=self.objective,
                 choose=turn.choose,
+                consume_pieces=consume_pieces if ranks.size == 1 else None,
             )
             turn.finish()
             evidence.num_used += turn.num_used
