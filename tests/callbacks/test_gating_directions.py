@@ -156,3 +156,17 @@ def test_bad_options_are_refused(make, message):
 def test_without_a_matrix_it_is_refused_before_training(llama_folder, task_files, tmp_path):
     with pytest.raises(AgclError, match="none of the selected parameters is one"):
         fit(llama_folder, task_files, tmp_path, by_direction(parameters="norm"))
+
+
+def test_an_adapter_is_gated_by_direction(llama_folder, task_files, tmp_path, knowing):
+    adapter = {"peft_type": "LORA", "r": 4, "target_modules": ["q_proj", "down_proj"]}
+    model, data = build(llama_folder, task_files[:2], adapter=adapter)
+    callback, seen = by_direction(0.6), []
+
+    class Plasticity(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            seen.append(callback.plasticity())
+
+    trainer_for(data, tmp_path, [callback, Plasticity()]).fit(model, datamodule=data)
+    assert len(seen[-1]) == 2 * 2 * 2  # A and B of two maps in two layers
+    assert all(mean == pytest.approx(0.6, abs=1e-3) for mean in seen[-1].values())
