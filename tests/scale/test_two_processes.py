@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from agcl.attribution.artefact import load_importance
+from agcl.callbacks import Directions
 from agcl.cli import main
 
 
@@ -62,17 +63,20 @@ def two_processes(llama_folder, task_files, tmp_path_factory):
     )
     said = [line for line in finished.stderr.splitlines() if "[rank" in line or "error: " in line]
     assert finished.returncode == 0, "\n".join(said)
-    names = ("ddp", "fsdp", "stopped", "dropout", "dropout.straight", "fitted")
+    names = ("ddp", "fsdp", "directions", "stopped", "dropout", "dropout.straight", "fitted")
     return {"folder": out, **{name: torch.load(out / f"{name}.pt") for name in names}}
+
+
+def run_alone(folder, files, out, **options):
+    model, data = build(folder, files, batch_size=4, optimizer=partial(torch.optim.AdamW, lr=0.02, weight_decay=0.1))
+    callback = attribution(num_samples=3, **options)
+    trainer_for(data, out, [callback]).fit(model, datamodule=data)
+    return model, callback
 
 
 @pytest.fixture
 def one_process(llama_folder, task_files, tmp_path, knowing):
-    model, data = build(
-        llama_folder, task_files, batch_size=4, optimizer=partial(torch.optim.AdamW, lr=0.02, weight_decay=0.1)
-    )
-    callback = attribution(num_samples=3)
-    trainer_for(data, tmp_path, [callback]).fit(model, datamodule=data)
+    model, callback = run_alone(llama_folder, task_files, tmp_path)
     return {"weights": weights(model.model), "scores": model.score_matrices["score"].compute(), "files": callback.files}
 
 
@@ -93,6 +97,13 @@ def test_importance_gate_and_scores_are_those_of_one_process(one_process, two_pr
         # Three tasks, two of them gated: a gate that was left out or off by rows would move weights by some 0.01.
         for parameter, expected in one_process["weights"].items():
             assert torch.allclose(found["weights"][parameter], expected, atol=1e-3), (name, parameter)
+
+
+def test_directions_under_ddp_are_those_of_one_process(llama_folder, task_files, tmp_path, knowing, two_processes):
+    model, _ = run_alone(llama_folder, task_files, tmp_path, directions=Directions(0.5, every=2))
+    for name, expected in weights(model.model).items():
+        # Steps of Adam carry rounding on; without the gate, or with another, weights move by some 0.01 elsewhere.
+        assert (two_processes["directions"]["weights"][name] - expected).abs().mean() < 5e-4, name
 
 
 def test_importance_is_split_as_the_weights_are(two_processes):

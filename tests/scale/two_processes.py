@@ -13,11 +13,11 @@ from lightning.pytorch import Callback
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from transformers import AutoModelForCausalLM
 
-from agcl.attribution import ImportanceConfig, relevance
+from agcl.attribution import ImportanceConfig, directions, relevance
 from agcl.attribution.estimators import LRP, MAS, SPG, Change, Evidence, Wanda
 from agcl.attribution.importance import Parts, normalise
 from agcl.attribution.passes import Sample
-from agcl.callbacks import StopOnSignal
+from agcl.callbacks import Directions, StopOnSignal
 from agcl.cli import main as agcl
 from agcl.errors import AgclError
 from agcl.ranks import ALONE, Ranks
@@ -71,7 +71,7 @@ def check_estimators(folder, ranks):
             assert (difference > 0).float().mean() < 0.02, (type(estimator), options, name)
 
 
-def run(strategy, folder, files, out, callbacks=(), epochs=EPOCHS, estimator=None):
+def run(strategy, folder, files, out, callbacks=(), epochs=EPOCHS, **options):
     model, data = build(
         folder,
         files,
@@ -80,7 +80,7 @@ def run(strategy, folder, files, out, callbacks=(), epochs=EPOCHS, estimator=Non
         task_options={"epochs": epochs},
     )
     torch.manual_seed(Ranks.of_this_run().rank)  # as if batches of other lengths had drawn other dropout
-    callback = attribution(num_samples=3, estimator=estimator)
+    callback = attribution(num_samples=3, **options)
     trainer = trainer_for(data, out, [callback, *callbacks], devices=2, strategy=strategy)
     return trainer, model, data, callback
 
@@ -132,12 +132,20 @@ def check_refusals(folder, files, out):
         trainer, model, data, _ = run(sharded(), folder, files, out, estimator=estimator)
         with pytest.raises(AgclError, match=f"{type(estimator).__name__} does not score weights that are split"):
             trainer.fit(model, datamodule=data)
+    trainer, model, data, _ = run(sharded(), folder, files, out, directions=Directions())
+    with pytest.raises(AgclError, match="`directions` looks at whole weight matrices, which are split"):
+        trainer.fit(model, datamodule=data)
 
 
 def main(folder, out, *files):
-    relevance.is_correct = lambda logits, targets: True
-    for name, strategy in (("ddp", DDPStrategy()), ("fsdp", sharded())):
-        trainer, model, data, callback = run(strategy, folder, files, out / name)
+    relevance.is_correct = directions.is_correct = lambda logits, targets: True
+    by_direction = {"directions": Directions(0.5, every=2)}
+    for name, strategy, options in (
+        ("ddp", DDPStrategy(), {}),
+        ("fsdp", sharded(), {}),
+        ("directions", DDPStrategy(), by_direction),
+    ):
+        trainer, model, data, callback = run(strategy, folder, files, out / name, **options)
         trainer.fit(model, datamodule=data)
         save(trainer, model, callback, out / f"{name}.pt")
     ranks = Ranks.of_this_run()
