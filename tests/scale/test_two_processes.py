@@ -100,10 +100,9 @@ def test_importance_gate_and_scores_are_those_of_one_process(one_process, two_pr
 
 
 def test_directions_under_ddp_are_those_of_one_process(llama_folder, task_files, tmp_path, knowing, two_processes):
-    model, _ = run_alone(llama_folder, task_files, tmp_path, directions=Directions(0.5, every=2))
+    model, _ = run_alone(llama_folder, task_files, tmp_path, directions=Directions(0.8, every=2))
     for name, expected in weights(model.model).items():
-        # Steps of Adam carry rounding on; without the gate, or with another, weights move by some 0.01 elsewhere.
-        assert (two_processes["directions"]["weights"][name] - expected).abs().mean() < 5e-4, name
+        assert torch.allclose(two_processes["directions"]["weights"][name], expected, atol=1e-3), name
 
 
 def test_importance_is_split_as_the_weights_are(two_processes):

@@ -139,7 +139,7 @@ def check_refusals(folder, files, out):
 
 def main(folder, out, *files):
     relevance.is_correct = directions.is_correct = lambda logits, targets: True
-    by_direction = {"directions": Directions(0.5, every=2)}
+    by_direction = {"directions": Directions(0.8, every=2)}
     for name, strategy, options in (
         ("ddp", DDPStrategy(), {}),
         ("fsdp", sharded(), {}),
