@@ -36,6 +36,17 @@ class CrashAt(Callback):
             raise CrashError
 
 
+class WeightsAtBoundaries(Callback):
+    """The weights at the end of each task, before the callbacks that follow act."""
+
+    def __init__(self):
+        self.weights = []
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        if pl_module.tasks.ends_at(trainer.current_epoch):
+            self.weights.append(weights(pl_module.model))
+
+
 class SaveWhole(Callback):
     """Writes the weights at the end, those that are split over processes gathered."""
 

@@ -15,9 +15,8 @@ Intelligence 2019, arXiv 1810.01256), gradient projection memory (Saha et al., I
 (Wang et al., CVPR 2021, arXiv 2103.07113). They count all inputs alike, and the latter two close directions wholly.
 """
 
-import itertools
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
@@ -160,7 +159,7 @@ def input_moments(
         if output.requires_grad:
             output.register_hook(partial(on_gradient, name, use))
 
-    for batch in _batches(evidence):
+    for batch in evidence.batches():
         with recording():
             logits, roots = _run(evidence.model, selected, batch, estimator.rule, on_use)
             pairs = [(row, sample.targets) for row, sample in zip(logits, batch, strict=True)]
@@ -173,15 +172,6 @@ def input_moments(
         evidence.on_progress(len(terms))
     sums = {name: moment for name, moment in moments.items() if moment.any()}  # else the answers do not rest on it
     return InputMoments(sums, {name: transposed[name] for name in sums})
-
-
-def _batches(evidence: Evidence) -> Iterator[list[Sample]]:
-    samples = iter(evidence.samples)
-    while missing := evidence.num_samples - evidence.num_used:
-        batch = list(itertools.islice(samples, min(evidence.batch_size, missing)))
-        if not batch:
-            return
-        yield batch
 
 
 def _run(

@@ -3,7 +3,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import EPOCHS, CrashAt, CrashError, attribution, build, trainer_for, weights
+from helpers import EPOCHS, CrashAt, CrashError, WeightsAtBoundaries, attribution, build, trainer_for
 from lightning.pytorch import Callback
 
 from agcl.attribution import ImportanceConfig, parameter_relevance
@@ -13,17 +13,6 @@ from agcl.callbacks import AttributionCallback
 from agcl.errors import AgclError
 
 SGD = partial(torch.optim.SGD, lr=0.5)
-
-
-class WeightsAtBoundaries(Callback):
-    """The weights at the end of each task, before the callbacks that follow act."""
-
-    def __init__(self):
-        self.weights = []
-
-    def on_train_epoch_end(self, trainer, pl_module):
-        if pl_module.tasks.ends_at(trainer.current_epoch):
-            self.weights.append(weights(pl_module.model))
 
 
 def fit(folder, files, run_dir, *callbacks, optimizer=None, **trainer_options):

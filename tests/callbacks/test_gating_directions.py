@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import EPOCHS, CrashAt, CrashError, attribution, build, trainer_for, weights
+from helpers import EPOCHS, CrashAt, CrashError, WeightsAtBoundaries, attribution, build, trainer_for, weights
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
@@ -13,15 +13,6 @@ from agcl.errors import AgclError
 
 def by_direction(plasticity=0.5, every=1, **options):
     return attribution(directions=Directions(plasticity, every), **options)
-
-
-class WeightsAtBoundaries(Callback):
-    def __init__(self):
-        self.weights = []
-
-    def on_train_epoch_end(self, trainer, pl_module):
-        if pl_module.tasks.ends_at(trainer.current_epoch):
-            self.weights.append(weights(pl_module.model))
 
 
 def fit(folder, files, run_dir, callback, **options):

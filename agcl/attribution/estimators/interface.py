@@ -1,8 +1,9 @@
 """What an estimator of importance is: from a model and samples of a task to one score per weight."""
 
+import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -49,6 +50,15 @@ class Evidence:
     def num_draws(self) -> int:
         """How many draws the scores will be aggregated over, if nothing is answered wrongly."""
         return self.num_samples if self.per_sample else math.ceil(self.num_samples / self.batch_size)
+
+    def batches(self) -> Iterator[list[Sample]]:
+        """Rows to be run together by all processes, until ``num_used``, set meanwhile, says that enough were used."""
+        samples = iter(self.samples)
+        while missing := max(self.num_samples - self.num_used, 0):
+            batch = list(itertools.islice(samples, min(self.batch_size * self.ranks.size, missing)))
+            if not batch:
+                return
+            yield batch
 
     def selected(self) -> dict[str, nn.Parameter]:
         """Name -> parameter of those to score, in the model's order."""

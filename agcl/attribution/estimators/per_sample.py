@@ -1,7 +1,6 @@
 """Estimators that aggregate something made of each sample's gradient."""
 
-import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -94,8 +93,8 @@ class PerSampleGradient(Estimator):
                 gradient for the samples of all.
             consume_pieces: As for :func:`attribute_batch`; not called where there are several processes.
         """
-        samples, ranks = iter(evidence.samples), evidence.ranks
-        while batch := _take(samples, min(evidence.batch_size * ranks.size, evidence.num_samples - evidence.num_used)):
+        ranks = evidence.ranks
+        for batch in evidence.batches():
             device = batch[0].input_ids.device
             turn = Turn(ranks, consume, len(batch), device, per_sample=evidence.per_sample)
             # To make the shares equal, the last sample is run again where need be, and not counted.
@@ -115,10 +114,6 @@ class PerSampleGradient(Estimator):
             turn.finish()
             evidence.num_used += turn.num_used
             evidence.on_progress(turn.num_used)
-
-
-def _take(samples: Iterator[Sample], count: int) -> list[Sample]:
-    return list(itertools.islice(samples, max(count, 0)))
 
 
 def log_probability(logits: Tensor, targets: Tensor) -> Tensor:
