@@ -40,6 +40,7 @@ from agcl.attribution.uses import ParameterUses, UnseenUseError, Use
 from agcl.errors import AgclError
 
 _ROUNDING = 1e-12  # of a squared gradient
+_FREE = 1 / 255  # of a step held back, as little as 8 bits of importance can say of an entry
 Control = Literal["none", "shuffled", "flattened"]
 OnUse = Callable[[str, Use, Tensor], None]
 
@@ -102,29 +103,33 @@ class InputMoments:
 
         Args:
             plasticity: Mean share over the directions of a matrix, in (0, 1); the same however many tasks there were.
-            strength: Exponent >= 0 of the shares, which then have a lower mean.
+            strength: Exponent > 0 of the shares: how sharply they part important directions from others.
             control: ``"shuffled"``: the same shares in random directions; ``"flattened"``: their mean in all of them.
             seed: Of the random directions.
 
         Returns:
-            Name -> the map, float32, shape (in, in), and whether the matrix is transposed.
+            Name -> ``V``, float32, shape (in, held), and whether the matrix is transposed: its step is mapped by
+            ``P = I - V V^T``. Directions that may go more than 254/255 of their way are left out.
 
         Raises:
-            AgclError: For another plasticity.
+            AgclError: For another plasticity or strength.
         """
         if not 0 < plasticity < 1:
             raise AgclError(f"`plasticity` is {plasticity}; choose a number between 0 and 1.")
+        if not strength > 0:
+            raise AgclError(f"`strength` is {strength}; for a gate on directions choose a number above 0.")
         found = {}
         for name, moment in self.sums.items():
-            shares, directions = shares_kept(moment, plasticity)
-            shares = shares**strength
+            shares, directions = shares_kept(moment, plasticity, strength)
+            held = 1 - shares
+            if control == "flattened":
+                held, directions = held.mean().expand(len(held)), torch.eye(len(held), device=held.device)
+            counts = held >= _FREE
+            held, directions = held[counts], directions[:, counts]
             if control == "shuffled":
                 generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
-                directions = torch.linalg.qr(torch.randn(moment.shape, generator=generator)).Q.to(moment.device)
-            kept = (directions * shares) @ directions.T
-            if control == "flattened":
-                kept = torch.eye(len(shares), device=moment.device) * shares.mean()
-            found[name] = kept, self.transposed[name]
+                directions = torch.linalg.qr(torch.randn(directions.shape, generator=generator)).Q.to(held.device)
+            found[name] = directions * held.sqrt(), self.transposed[name]
         return found
 
 
@@ -186,12 +191,13 @@ def _run(
     return logits, uses.roots
 
 
-def shares_kept(moment: Tensor, plasticity: float) -> tuple[Tensor, Tensor]:
-    """How far weights may move in each direction: ``p_i = c / (c + a_i)``, ``a_i`` the eigenvalues of ``A``.
+def shares_kept(moment: Tensor, plasticity: float, strength: float = 1.0) -> tuple[Tensor, Tensor]:
+    """How far weights may move in each direction: ``p_i = (c / (c + a_i)) ** strength``, ``a_i`` eigenvalues of ``A``.
 
     Args:
         moment: ``A``, shape (in, in), symmetric, positive semi-definite, not all zero.
         plasticity: Mean of ``p``, which decides ``c``; in (0, 1).
+        strength: Above 0.
 
     Returns:
         ``p``, shape (in,), float32, in (0, 1], the most important direction last; the directions, columns of a
@@ -204,9 +210,9 @@ def shares_kept(moment: Tensor, plasticity: float) -> tuple[Tensor, Tensor]:
     for _ in range(64):
         middle = (low + high) / 2
         c = 2.0**middle
-        if float((c / (c + importance)).mean()) < plasticity:
+        if float(((c / (c + importance)) ** strength).mean()) < plasticity:
             low = middle
         else:
             high = middle
     c = 2.0**high
-    return (c / (c + importance)).float(), directions
+    return ((c / (c + importance)) ** strength).float(), directions

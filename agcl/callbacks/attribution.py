@@ -50,7 +50,8 @@ class AttributionCallback(Callback):
     With ``directions``, weight matrices are gated by the directions of their inputs instead of entry by entry (see
     :mod:`agcl.attribution.directions`), which protects far better: inputs are no unit vectors. Embeddings,
     normalisations, biases and experts are gated entry by entry as before; the matrices' importance is computed and
-    written, too, but not gated by. For a matrix of shape (out, in), 4 (out + 2 in) in bytes are held between steps.
+    written, too, but not gated by. For a matrix of shape (out, in) of which ``held`` directions are held back,
+    4 (out + in + held) in bytes are held between steps.
 
     Args:
         gate: ``gradient`` rescales gradients by backward hooks (the paper; cancelled by Adam-like optimizers),
@@ -70,7 +71,8 @@ class AttributionCallback(Callback):
             over at each step, which takes time.
         merge: Over tasks: ``maximum`` (the paper), ``mean`` or ``probabilistic_or``.
         reestimate: Training rows kept of each old task to re-estimate its importance; 0 keeps none.
-        strength: Exponent of the plasticity; 1 is the paper's linear gate, 0 no gate.
+        strength: Exponent of the plasticity; 1 is the paper's linear gate, 0 no gate. Under ``directions`` it only
+            shapes the shares, above 0, since their mean is the budget.
         parameters: Regular expression; only parameters whose name it is found in are attributed and gated.
         control: ``shuffled`` permutes the importance within each tensor, ``flattened`` makes it uniform: gates of equal
             mean without attribution, to compare with. Under ``directions``, ``shuffled`` takes random directions.
@@ -124,7 +126,7 @@ class AttributionCallback(Callback):
         )
         self._directions: DirectionsSoFar | None = None
         if directions is not None:
-            by_gradients = _check_directions(estimator, source, reestimate)
+            by_gradients = _check_directions(estimator, source, reestimate, strength)
             self._directions = DirectionsSoFar(directions, by_gradients, strength, control)
         self._so_far = ImportanceSoFar(merge, importance_bits, importance_on, needs_files=reestimate > 0)
         self._initial: InitialModel | None = None
@@ -258,7 +260,7 @@ class AttributionCallback(Callback):
             self._learn_importance(trainer, pl_module, index)
             self.num_boundaries = index + 1
         if self.files:
-            self._attach_gate(trainer, pl_module)
+            self._attach_gate(trainer, pl_module, is_last=index + 1 == len(pl_module.tasks))
 
     def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Leave no hook behind."""
@@ -358,16 +360,17 @@ class AttributionCallback(Callback):
 
     # --------------------------------------------------------------------- gate
 
-    def _attach_gate(self, trainer: Trainer, pl_module: Any) -> None:
+    def _attach_gate(self, trainer: Trainer, pl_module: Any, *, is_last: bool) -> None:
         self._detach_gate()
+        seed = resolve_seed(self.seed, trainer.datamodule)  # type: ignore[attr-defined]
         importance, is_sharded = self.importance, has_shards(pl_module.model)
         if self.control == "shuffled":
-            importance = shuffled(importance, resolve_seed(self.seed, trainer.datamodule))  # type: ignore[attr-defined]
+            importance = shuffled(importance, seed)
         elif self.control == "flattened":
             importance = flattened(importance)
         optimizer = self._optimizer(trainer)
         if self._directions:
-            self._directions.attach(optimizer, pl_module.model, resolve_seed(self.seed, trainer.datamodule))  # type: ignore[attr-defined]
+            self._directions.attach(optimizer, pl_module.model, seed, is_last=is_last)
             importance = {name: t for name, t in importance.items() if name not in self._directions.names()}
             if not importance:
                 return
@@ -413,12 +416,14 @@ def _check_reestimate(reestimate: int, source: Source, estimator: Estimator) -> 
         raise AgclError(f"`reestimate` keeps rows, but the estimator {name} looks at none; leave `reestimate` out.")
 
 
-def _check_directions(estimator: Estimator, source: Source, reestimate: int) -> PerSampleGradient:
+def _check_directions(estimator: Estimator, source: Source, reestimate: int, strength: float) -> PerSampleGradient:
     if not isinstance(estimator, PerSampleGradient):
         raise AgclError(
             f"`directions` weights inputs by gradients, which the estimator {type(estimator).__name__} does not take; "
             "choose LRP, GradientWeight, Fisher, EmpiricalFisher or MAS, or leave `directions` out."
         )
+    if not strength:
+        raise AgclError("`strength: 0` is no gate; leave `directions` out with it, or give a number above 0.")
     for option, is_given in (("source: single_task", source == "single_task"), ("reestimate", reestimate > 0)):
         if is_given:
             raise AgclError(f"`directions` and `{option}` do not work together; leave one of them out.")

@@ -22,7 +22,6 @@ class Directions:
             budget is the same for each task, so that nothing saturates; a smaller one wants a higher learning rate.
         every: Optimizer steps from one product with the map to the next; more are cheaper where batches are small.
         weighted: Whether inputs count by how much the answers rest on them; if not, all alike, to compare with.
-        weighted: Whether inputs count by how much the answers rest on them; if not, all alike, to compare with.
 
     Raises:
         AgclError: For other values.
@@ -45,8 +44,8 @@ class DirectionsSoFar:
     Args:
         options: See :class:`Directions`.
         estimator: Whose rules and objective weight the inputs.
-        strength: Exponent of the share that is kept in each direction.
-        control: See :meth:`InputMoments.maps`.
+        strength: See :meth:`InputMoments.maps`, as of the next.
+        control: The same.
     """
 
     def __init__(self, options: Directions, estimator: PerSampleGradient, strength: float, control: Control) -> None:
@@ -54,6 +53,7 @@ class DirectionsSoFar:
         self._options, self._estimator, self._strength, self._control = options, estimator, strength, control
         self._transposed: dict[str, bool] = {}
         self._gate: DirectionalGate | None = None
+        self._plasticity: dict[str, float] = {}
         self._interrupted: dict[str, Any] = {}  # of the gate that a checkpoint was written under
 
     def find(self, model: nn.Module, parameters: list[str], sample: Sample) -> None:
@@ -79,10 +79,11 @@ class DirectionsSoFar:
         weighted = self._options.weighted
         self.moments += input_moments(evidence, self._estimator, self._transposed, weighted=weighted)
 
-    def attach(self, optimizer: torch.optim.Optimizer, model: nn.Module, seed: int) -> None:
-        """Gate what is learned from now on."""
+    def attach(self, optimizer: torch.optim.Optimizer, model: nn.Module, seed: int, *, is_last: bool) -> None:
+        """Gate what is learned from now on, which is nothing if the last task is learned: maps take a while to make."""
         self.detach()
-        if self.moments.sums:
+        self._plasticity = dict.fromkeys(self.moments.sums, self._options.plasticity)
+        if self.moments.sums and not is_last:
             maps = self.moments.maps(self._options.plasticity, self._strength, self._control, seed)
             gate = DirectionalGate(model.named_parameters(), maps, self._options.every, **self._interrupted)
             self._gate = gate.attach(optimizer)
@@ -98,10 +99,11 @@ class DirectionsSoFar:
         if self._gate is not None:
             self._gate.detach()
             self._gate = None
+        self._plasticity = {}
 
     def plasticity(self) -> dict[str, float]:
-        """Of each gated matrix."""
-        return {} if self._gate is None else self._gate.plasticity()
+        """Mean share of its way that each matrix may go, from `attach` to `detach`."""
+        return self._plasticity
 
     def held(self) -> list[Tensor]:
         """Tensors held between steps."""

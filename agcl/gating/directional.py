@@ -18,18 +18,19 @@ Map = tuple[Tensor, bool]
 class DirectionalGate:
     """Lets a weight matrix move less in the directions that matter: ``W <- W_old + (W_new - W_old) P``.
 
-    ``P`` is symmetric, with eigenvalues in [0, 1]: how far weights may move in each direction of their inputs, as
-    ``(1 - importance)`` says of single weights in :class:`UpdateGate`. The whole step is mapped, momentum,
+    ``P = I - V V^T``, with eigenvalues in [0, 1]: how far weights may move in each direction of their inputs, as
+    ``(1 - importance)`` says of single weights in :class:`UpdateGate`. The columns of ``V`` are the directions that are
+    held back, each as long as the root of the share that it is held back by. The whole step is mapped, momentum,
     preconditioning and weight decay included, for any optimizer, by a hook after its step. The optimizer's own state
     is not gated.
 
-    A product with ``P`` costs as much as a forward pass of as many tokens as the matrix has outputs. Where batches have
-    fewer tokens than that, let several steps pass between two products: ``every``. Between them weights move freely;
-    call `close` before they are read for good. Between steps, a copy of the gated matrices is held.
+    A product with ``P`` costs ``2 held / in`` of a forward pass of as many tokens as the matrix has outputs. Where
+    batches have fewer tokens than that, let several steps pass between two products: ``every``. Between them weights
+    move freely; call `close` before they are read for good. Between steps, a copy of the gated matrices is held.
 
     Args:
         named_parameters: Pairs as from ``model.named_parameters()``. The model is not kept alive.
-        maps: Parameter name to ``P``, shape (in, in), and whether the weights have shape (in, out) instead of
+        maps: Parameter name to ``V``, shape (in, held), and whether the weights have shape (in, out) instead of
             (out, in). Parameters without a map are not gated.
         every: Steps of the optimizer from one product to the next.
         num_steps: Steps since the last product, and
@@ -43,8 +44,8 @@ class DirectionalGate:
         >>> model = torch.nn.Linear(2, 1, bias=False)
         >>> before = model.weight.detach().clone()
         >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1.0)
-        >>> first_only = torch.tensor([[1.0, 0.0], [0.0, 0.0]])  # nothing may change for inputs along the second axis
-        >>> with DirectionalGate(model.named_parameters(), {"weight": (first_only, False)}).attach(optimizer):
+        >>> second = torch.tensor([[0.0], [1.0]])  # nothing may change for inputs along the second axis
+        >>> with DirectionalGate(model.named_parameters(), {"weight": (second, False)}).attach(optimizer):
         ...     model(torch.ones(1, 2)).sum().backward()
         ...     optimizer.step()
         >>> (model.weight == before).tolist()
@@ -62,13 +63,13 @@ class DirectionalGate:
         if every < 1:
             raise AgclError(f"`every` is {every}; choose 1 or more steps.")
         known = {name: parameter for name, parameter in named_parameters if name in maps}
-        for name, (kept, is_transposed) in maps.items():
+        for name, (held, is_transposed) in maps.items():
             if name not in known:
                 raise AgclError(f"`{name}`: no parameter of that name; use the names of named_parameters().")
             width = known[name].shape[0 if is_transposed else -1]
-            if known[name].dim() != 2 or kept.shape != (width, width):
+            if known[name].dim() != 2 or held.dim() != 2 or len(held) != width:
                 raise AgclError(
-                    f"The map of `{name}` has shape {tuple(kept.shape)}, but the parameter {tuple(known[name].shape)}."
+                    f"The map of `{name}` has shape {tuple(held.shape)}, but the parameter {tuple(known[name].shape)}."
                 )
         self.every = every
         self._maps = dict(maps)
@@ -113,9 +114,10 @@ class DirectionalGate:
         """Map what has moved since the last product."""
         for name, parameter in self._matrices():
             if self._num_steps and (before := self._before.get(name)) is not None:
-                kept, is_transposed = self._maps[name]
-                moved = (parameter - before).to(kept.dtype)
-                before += (kept @ moved if is_transposed else moved @ kept).to(before.dtype)
+                held, is_transposed = self._maps[name]
+                moved = (parameter - before).to(held.dtype)
+                moved -= held @ (held.T @ moved) if is_transposed else (moved @ held) @ held.T
+                before += moved.to(before.dtype)
                 parameter.copy_(before)
         self._num_steps = 0
 
@@ -125,11 +127,11 @@ class DirectionalGate:
 
     def plasticity(self) -> dict[str, float]:
         """Mean eigenvalue of each gated matrix's ``P``, in [0, 1]; 0: frozen, 1: free."""
-        return {name: float(kept.diagonal().mean()) for name, (kept, _) in self._maps.items()}
+        return {name: 1 - float(held.square().sum() / len(held)) for name, (held, _) in self._maps.items()}
 
     def held(self) -> list[Tensor]:
         """The tensors held between steps, for counting memory."""
-        return [kept for kept, _ in self._maps.values()] + list(self._before.values())
+        return [held for held, _ in self._maps.values()] + list(self._before.values())
 
     def __enter__(self) -> Self:
         return self

@@ -92,13 +92,15 @@ def test_rows_answered_wrongly_do_not_count():
     assert nothing.num_used == 0
 
 
+@pytest.mark.parametrize("strength", [0.5, 1.0, 3.0])
 @pytest.mark.parametrize("plasticity", [0.1, 0.5, 0.9])
-def test_shares_are_soft_and_have_the_wanted_mean(plasticity):
+def test_shares_are_soft_and_have_the_wanted_mean(plasticity, strength):
     importance = torch.tensor([3.0, 1e-3, 50.0, 0.2])
     rotation = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(0))).Q
-    shares, directions = shares_kept((rotation * importance) @ rotation.T, plasticity)
+    shares, directions = shares_kept((rotation * importance) @ rotation.T, plasticity, strength)
     assert float(shares.mean()) == pytest.approx(plasticity, abs=1e-5)
-    c = shares.double() * importance.sort().values / (1 - shares.double())
+    roots = shares.double() ** (1 / strength)
+    c = roots * importance.sort().values / (1 - roots)
     assert torch.allclose(c, c.mean().expand(4), rtol=1e-2)
     assert abs(float(directions[:, -1] @ rotation[:, 2])) == pytest.approx(1, abs=1e-4)
 
@@ -130,14 +132,19 @@ def test_moments_of_tasks_add_up_and_make_maps():
     assert together.transposed == both.transposed
     for name, moment in both.sums.items():
         assert torch.allclose(moment, together.sums[name], rtol=1e-4, atol=1e-6 * float(moment.max()))
-    for name, (kept, is_transposed) in both.maps(0.6).items():
+    for name, (held, is_transposed) in both.maps(0.6).items():
         assert not is_transposed
-        assert float(kept.diagonal().mean()) == pytest.approx(0.6, abs=1e-3), name
+        assert 1 - float(held.square().sum()) / len(held) == pytest.approx(0.6, abs=1 / 255), name
+        shares, directions = shares_kept(both.sums[name], 0.6)
+        expected = (directions * (1 - shares)) @ directions.T
+        assert torch.allclose(held @ held.T, expected, atol=1.01 / 255)  # hardly held directions are left out
         random = both.maps(0.6, control="shuffled", seed=1)[name][0]
-        assert torch.allclose(torch.linalg.eigvalsh(random), torch.linalg.eigvalsh(kept), atol=1e-4)
-        assert not torch.allclose(random, kept, atol=0.1)
+        assert torch.allclose(torch.linalg.svdvals(random), torch.linalg.svdvals(held), atol=1e-4)
+        assert not torch.allclose(random, held, atol=0.1)
     with pytest.raises(AgclError, match=r"`plasticity` is 1\.5"):
         both.maps(1.5)
+    with pytest.raises(AgclError, match="`strength` is 0"):
+        both.maps(0.6, strength=0)
     with pytest.raises(AgclError, match="No row is answered correctly"):
         compute_input_moments(model, rows)
     with pytest.raises(AgclError, match="none has an answer"):

@@ -77,12 +77,12 @@ def test_uniform_control_is_the_budget_in_every_direction(llama_folder, task_fil
     class Maps(Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             if trainer.current_epoch == EPOCHS:
-                seen.extend(kept for kept, _ in callback._directions._gate._maps.values())
+                seen.extend(held for held, _ in callback._directions._gate._maps.values())
 
     callback = by_direction(0.6, control="flattened")
     trainer_for(data, tmp_path, [callback, Maps()]).fit(model, datamodule=data)
     assert seen
-    assert all(torch.allclose(kept, 0.6 * torch.eye(len(kept)), atol=1e-3) for kept in seen)
+    assert all(torch.allclose(held @ held.T, 0.4 * torch.eye(len(held)), atol=1e-3) for held in seen)
 
 
 @pytest.mark.parametrize("crash_at", [8, 9, 12])
@@ -116,17 +116,20 @@ def test_a_run_goes_on_as_it_began(llama_folder, task_files, tmp_path, knowing):
 
 
 def test_bytes_are_counted(llama_folder, task_files, tmp_path, knowing):
-    callback, found = by_direction(), []
+    callback, found, held = by_direction(0.9), [], {}
 
     class Count(Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             found.append(callback.extra_bytes())
+            if gate := callback._directions._gate:
+                held.update({name: tensor.numel() for name, (tensor, _) in gate._maps.items()})
 
     model, data = build(llama_folder, task_files[:2])
     trainer_for(data, tmp_path, [callback, Count()]).fit(model, datamodule=data)
     entries = sum(parameter.numel() for parameter in model.model.parameters())
     matrices = [p for name, p in model.model.named_parameters() if name.endswith("proj.weight")]
-    assert found[-1] == entries + sum(4 * (p.numel() + 2 * p.shape[1] ** 2) for p in matrices)
+    assert found[-1] == entries + 4 * (sum(held.values()) + sum(p.numel() + p.shape[1] ** 2 for p in matrices))
+    assert sum(held.values()) < sum(p.shape[1] ** 2 for p in matrices)
 
 
 @pytest.mark.parametrize(
@@ -136,6 +139,7 @@ def test_bytes_are_counted(llama_folder, task_files, tmp_path, knowing):
         (lambda: Directions(every=0), "`directions.every` is 0"),
         (lambda: by_direction(estimator=Wanda()), "the estimator Wanda does not take"),
         (lambda: by_direction(source="single_task"), "`directions` and `source: single_task` do not work together"),
+        (lambda: by_direction(strength=0), "`strength: 0` is no gate"),
         (lambda: by_direction(reestimate=2), "`directions` and `reestimate` do not work together"),
     ],
 )
