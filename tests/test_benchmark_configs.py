@@ -45,7 +45,7 @@ def task_names(name):
 def test_model_configurations_parse(name, parsed):
     config = parsed(BASE, DATA["concept1k_reduced"], MODELS[name])
     assert config["model"]["model_name_or_path"] == written(MODELS[name])["model"]["model_name_or_path"]
-    assert [task["name"] for task in config["data"]["tasks"]] == ["concepts0", "concepts1", "concepts2"]
+    assert [task["name"] for task in config["data"]["tasks"]] == task_names("concept1k_reduced")
 
 
 @pytest.mark.parametrize("name", sorted(ORDERS))

@@ -74,7 +74,7 @@ def test_trials_are_scored_on_other_rows_than_the_table_and_on_another_seed(comp
     assert comparison.tuning_seed not in comparison.seeds
     for name, method in comparison.methods.items():
         trials = plan.trial_runs(name)
-        assert len(trials) == 3
+        assert len(trials) in (2, 3)
         (final, *_) = plan.final_runs(name, method.all_trials()[0])
         for trial in trials:
             assert scored_rows(trial)
