@@ -23,6 +23,7 @@ _HOMES = {
     "GradientGate": "agcl.gating",
     "ImportanceConfig": "agcl.attribution",
     "Probe": "agcl.data.tasks",
+    "RecoveryProbe": "agcl.callbacks",
     "Replay": "agcl.data.replay",
     "StopOnSignal": "agcl.callbacks",
     "Task": "agcl.data.tasks",
@@ -51,6 +52,7 @@ __all__ = [
     "GradientGate",
     "ImportanceConfig",
     "Probe",
+    "RecoveryProbe",
     "Replay",
     "StopOnSignal",
     "Task",
@@ -80,6 +82,7 @@ if TYPE_CHECKING:
         ContinualReport,
         Directions,
         GeneralAbility,
+        RecoveryProbe,
         StopOnSignal,
         TaskProgressBar,
     )

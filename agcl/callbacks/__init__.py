@@ -5,6 +5,7 @@ from agcl.callbacks.directions import Directions
 from agcl.callbacks.general_ability import GeneralAbility
 from agcl.callbacks.monitor import ContinualMonitor
 from agcl.callbacks.progress import TaskProgressBar
+from agcl.callbacks.recovery import RecoveryProbe
 from agcl.callbacks.report import ContinualReport
 from agcl.callbacks.stopping import StopOnSignal
 
@@ -14,6 +15,7 @@ __all__ = [
     "ContinualReport",
     "Directions",
     "GeneralAbility",
+    "RecoveryProbe",
     "StopOnSignal",
     "TaskProgressBar",
 ]

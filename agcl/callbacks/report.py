@@ -20,6 +20,7 @@ from rich.table import Table
 
 import agcl
 from agcl.callbacks.hyperparameters import seed_given
+from agcl.callbacks.recovery import recovery_means
 from agcl.callbacks.run_folder import run_folder
 from agcl.errors import AgclError
 from agcl.files import partial_of, sync_folder, sync_tree, write_whole
@@ -241,6 +242,8 @@ def result_tables(results: dict[str, Any]) -> list[Table]:
     metrics.add_column("value", justify="right")
     for name, value in results["metrics"].items():
         metrics.add_row(name.replace("_", " "), "undefined" if value is None else f"{value:+.3f}")
+    for name, value in recovery_means(results).items():
+        metrics.add_row(f"old tasks: {name.replace('_', ' ')}", f"{value:.3f}")
     return [matrix, metrics]
 
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from agcl.callbacks.recovery import recovery_means
 from agcl.compare.runs import Run, values_text
 from agcl.compare.settings import Comparison, Values
 from agcl.compare.statistics import (
@@ -19,6 +20,9 @@ COSTS = ("wall_seconds", "processor_seconds", "peak_memory_bytes", "extra_bytes_
 GENERAL_FORGETTING = "general_forgetting"
 """Loss of ordinary text after the last task minus that before training, in nats per token; more is worse."""
 
+RECOVERY = {name: f"old_tasks_{name}" for name in ("divergence", "score", "recovered_score")}
+"""Means over the old tasks of what ``RecoveryProbe`` measured, to their names among a run's metrics."""
+
 Record = dict[str, Any]
 """Plain values only: what ``comparison.json`` holds."""
 
@@ -31,6 +35,7 @@ def run_record(run: Run) -> Record:
     if results is not None:
         metrics |= results["metrics"]
         metrics |= {GENERAL_FORGETTING: ability["forgetting"]} if ability else {}
+        metrics |= {RECOVERY[name]: value for name, value in recovery_means(results).items()}
         metrics |= {name: results.get(name) for name in COSTS}
     return {
         "method": run.method,
@@ -163,6 +168,12 @@ def _notes(comparison: Comparison, methods: Mapping[str, Record]) -> list[str]:
         )
     if text := _text_precision(methods):
         notes.append(text)
+    if any(RECOVERY["divergence"] in run["metrics"] for method in methods.values() for run in method["runs"]):
+        notes.append(
+            "KL: of what is predicted for old tasks' answers, from when each was learned to the end, in nats per token. "
+            "Old, recovered: score of the old tasks at the end, and after a few steps on a few of their rows, which are "
+            "not scored: what a lost answer format took away comes back so, what was forgotten does not."
+        )
     numbers = {d["number"] for m in methods.values() for d in m["differences"].values()} - {0}
     fewest = min(numbers, default=0)
     if fewest == 1:

@@ -9,7 +9,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from agcl.compare.outcome import COSTS, GENERAL_FORGETTING, Record, metric_names
+from agcl.compare.outcome import COSTS, GENERAL_FORGETTING, RECOVERY, Record, metric_names
 from agcl.compare.runs import values_text
 
 _HEADERS = {
@@ -19,6 +19,9 @@ _HEADERS = {
     "forward_transfer": "FWT",
     "learning_accuracy": "LA",
     GENERAL_FORGETTING: "general forgetting (nats)",
+    RECOVERY["divergence"]: "KL (nats)",
+    RECOVERY["score"]: "old",
+    RECOVERY["recovered_score"]: "recovered",
     "wall_seconds": "wall time (s)",
     "processor_seconds": "processor time (s)",
     "peak_memory_bytes": "peak memory (GiB)",

@@ -225,6 +225,14 @@ class ContinualDataModule(LightningDataModule):
         """Encoded training rows of a task (columns as :meth:`AnswerEncoder.encode_rows` gives them)."""
         return self._train_rows[task_index]
 
+    def scored_rows(self, task_index: int) -> Dataset:
+        """Encoded rows that a task itself, not one of its probes, is scored on.
+
+        Args:
+            task_index: 0-based.
+        """
+        return next(rows for index, probe, rows in self._evaluations if (index, probe) == (task_index, None))
+
     def kept_rows(self, task_index: int, count: int) -> Dataset:
         """A few training rows of a task, for methods that keep some of the old tasks'.
 

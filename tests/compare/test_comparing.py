@@ -217,6 +217,16 @@ def test_general_forgetting_and_processor_time_are_reported(setting, tmp_path):
     assert (row["general_forgetting"], row["processor_seconds"]) == ("0.25", "7.0")
 
 
+def test_recovery_of_old_tasks_is_reported(setting, tmp_path):
+    recovery = {"divergence": [1.0, 3.0, None], "score": [0.0, 0.5, None], "recovered_score": [0.5, 1.0, None]}
+    record, _, _ = run(setting(), best_at_two, more={"recovery": recovery})
+    assert record["methods"]["plain"]["summary"]["old_tasks_divergence"]["mean"] == 2.0
+    assert any("a lost answer format took away comes back" in note for note in record["notes"])
+    text = (tmp_path / "out" / "comparison.md").read_text()
+    assert "| KL (nats) | old | recovered |\n" in text
+    assert "| 2.000 ± 0.000 | 0.250 ± 0.000 | 0.750 ± 0.000 |" in text
+
+
 def test_markdown_tables_are_well_formed(setting, tmp_path):
     run(setting(), best_at_two)
     text = (tmp_path / "out" / "comparison.md").read_text()
