@@ -170,9 +170,9 @@ def _notes(comparison: Comparison, methods: Mapping[str, Record]) -> list[str]:
         notes.append(text)
     if any(RECOVERY["divergence"] in run["metrics"] for method in methods.values() for run in method["runs"]):
         notes.append(
-            "KL: of what is predicted for old tasks' answers, from when each was learned to the end, in nats per token. "
-            "Old, recovered: score of the old tasks at the end, and after a few steps on a few of their rows, which are "
-            "not scored: what a lost answer format took away comes back so, what was forgotten does not."
+            "KL: of what is predicted for old tasks' answers, from when each was learned to the end, in nats per "
+            "token. Old, recovered: score of the old tasks at the end, and after a few steps on a few of their rows, "
+            "which are not scored: what a lost answer format took away comes back so, what was forgotten does not."
         )
     numbers = {d["number"] for m in methods.values() for d in m["differences"].values()} - {0}
     fewest = min(numbers, default=0)
