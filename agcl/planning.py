@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from agcl.attribution.estimators import LRP, PerSampleGradient
 from agcl.callbacks import AttributionCallback
 from agcl.configurations import all_callbacks
 from agcl.data.sequence import Regime
@@ -59,7 +60,7 @@ def run(args: Sequence[str]) -> int:
     """Print the forecast of the configuration that the arguments give; the exit status: 1 if it does not fit."""
     cli = FitConfiguration(args, prog="agcl plan", description=DESCRIPTION, options=Assumptions)
     machine = machine_of(cli.config)
-    size = model_size(cli.config.model, attribution_options(cli.config))
+    size = model_size(cli.config)
     settings = read_settings(cli.config, machine)
     work = _read_work(cli) if cli.config.read_data else read_work(cli.config, settings.devices)
     found = forecast(size, settings, work, machine)
@@ -75,19 +76,37 @@ def run(args: Sequence[str]) -> int:
     return 0 if fits else 1
 
 
-def model_size(model: Any, callback: Any) -> ModelSize:
-    """Count a model's weights from its configuration alone, on the meta device.
+def model_size(config: Any, built: Any = None) -> ModelSize:
+    """Count the weights of a configuration's model on the meta device.
 
     Args:
-        model: The arguments of ``ContinualLM``.
-        callback: Those of ``AttributionCallback``; None if there is none.
+        config: Of ``agcl fit``.
+        built: The model, with its adapter if it has one, where it is there already.
 
     Raises:
         AgclError: If the configuration cannot be loaded, or no model built from it.
     """
-    built = weightless_model(model)
-    gated = {} if callback is None else gated_sizes(built, callback.get("parameters", ""))
-    return size_of(built, gated, by_direction=bool(callback and callback.get("directions")))
+    built, callback = weightless_model(config.model) if built is None else built, attribution_options(config)
+    if callback is None:
+        return size_of(built, {})
+    gated = gated_sizes(built, callback.get("parameters", ""))
+    return size_of(built, gated, by_direction=gates_by_direction(callback, is_sharded=_is_sharded(config)))
+
+
+def gates_by_direction(callback: Any, *, is_sharded: bool) -> bool:
+    """Whether ``AttributionCallback`` with these arguments gates matrices by direction; as it chooses, if that is auto.
+
+    Args:
+        callback: Its arguments, as in a configuration.
+        is_sharded: Whether weights are split over processes.
+    """
+    directions = callback.get("directions", "auto")
+    if directions != "auto":
+        return directions is not None
+    estimator = callback.get("estimator")
+    kind = LRP if estimator is None else _class_of(estimator["class_path"])
+    alone = callback.get("source", "running") == "running" and not callback.get("reestimate", 0)
+    return issubclass(kind, PerSampleGradient) and alone and callback.get("strength", 1.0) > 0 and not is_sharded
 
 
 def size_of(built: Any, gated: dict[str, int], *, by_direction: bool = False) -> ModelSize:
@@ -171,7 +190,7 @@ def read_settings(config: Any, machine: Machine) -> Settings:
     )
     settings = Settings(
         precision=precision,
-        strategy="fsdp" if re.search("ModelParallel|fsdp|deepspeed", _name_of(trainer.strategy), re.I) else "ddp",
+        strategy="fsdp" if _is_sharded(config) else "ddp",
         devices=_num_devices(trainer.devices) * trainer.num_nodes,
         state_bytes=_state_bytes(config.model.optimizer, torch.bfloat16 if precision == "bf16" else torch.float32),
         gate=callback is not None,
@@ -182,14 +201,14 @@ def read_settings(config: Any, machine: Machine) -> Settings:
     each = callback.get("importance_bits", 8) // 8
     merged = each if callback.get("merge", "maximum") == "maximum" else 3 * each
     importance = callback.get("importance") or {}
-    top_k = importance.get("top_k")
+    top_k, directions = importance.get("top_k"), callback.get("directions", "auto")
     return replace(
         settings,
         importance_bytes=merged + (each if callback.get("control", "none") == "shuffled" else 0),
         importance_on_host=callback.get("importance_on", "device") == "host",
         aggregation="mean" if top_k is None else importance.get("top_k_method", "blocks"),
         top_k=top_k or 1,
-        directions_every=(callback.get("directions") or {}).get("every", 1),
+        directions_every=1 if directions in ("auto", None) else directions.get("every", 1),
     )
 
 
@@ -257,8 +276,10 @@ def _class_of(path: str) -> type:
     return getattr(import_module(module), name)
 
 
-def _name_of(strategy: Any) -> str:
-    return strategy if isinstance(strategy, str) else str(strategy.class_path)
+def _is_sharded(config: Any) -> bool:
+    strategy = config.trainer.strategy
+    name = strategy if isinstance(strategy, str) else str(strategy.class_path)
+    return re.search("ModelParallel|fsdp|deepspeed", name, re.I) is not None
 
 
 def _num_devices(devices: Any) -> int:

@@ -81,7 +81,9 @@ def build(folder: Path, files, *, optimizer=None, batch_size=2, task_options=Non
 
 def attribution(**options):
     # An untrained model answers little: take what there is, and gate strongly so that effects are plain to see.
-    return AttributionCallback(**{"num_samples": 3, "importance": ImportanceConfig(quantile=0.3), **options})
+    # Each weight gated on its own, unless a test says otherwise: what most of them are about.
+    usual = {"num_samples": 3, "importance": ImportanceConfig(quantile=0.3), "directions": None}
+    return AttributionCallback(**{**usual, **options})
 
 
 def trainer_for(data, run_dir: Path, callbacks=(), **options):

@@ -26,7 +26,7 @@ def test_weights_are_counted_without_the_checkpoint(llama_folder, task_files, tm
     folder.mkdir()
     (folder / "config.json").write_text((llama_folder / "config.json").read_text())
     config = configuration(write_config(folder, task_files, tmp_path, model__adapter=adapter))
-    size = planning.model_size(config.model, planning.attribution_options(config))
+    size = planning.model_size(config)
     weights = sum(p.numel() for p in AutoModelForCausalLM.from_config(tiny_config("llama")).parameters())
     if adapter is None:
         assert (size.weights, size.trained, size.gated) == (weights, weights, weights)
@@ -41,9 +41,9 @@ def test_weights_are_counted_without_the_checkpoint(llama_folder, task_files, tm
 def test_only_named_parameters_count_as_gated(llama_folder, task_files, tmp_path):
     callbacks = [{"class_path": "agcl.AttributionCallback", "init_args": {"parameters": "up_proj"}}]
     config = configuration(write_config(llama_folder, task_files, tmp_path, trainer__callbacks=callbacks))
-    assert planning.model_size(config.model, planning.attribution_options(config)).gated == 2 * 16 * 32
+    assert planning.model_size(config).gated == 2 * 16 * 32
     without = configuration(write_config(llama_folder, task_files, tmp_path, trainer__callbacks=[]))
-    assert planning.model_size(without.model, planning.attribution_options(without)).gated == 0
+    assert planning.model_size(without).gated == 0
     assert not planning.read_settings(without, MACHINES["cpu"]).gate
 
 
@@ -53,7 +53,7 @@ def test_directions_are_forecast_from_the_shapes_of_the_matrices(request, task_f
     callbacks = [{"class_path": "agcl.AttributionCallback", "init_args": options}]
     folder = request.getfixturevalue(f"{family}_folder")
     config = configuration(write_config(folder, task_files, tmp_path, trainer__callbacks=callbacks))
-    size = planning.model_size(config.model, planning.attribution_options(config))
+    size = planning.model_size(config)
     # (inputs, outputs) of the maps of a block; the output's weights are the embedding's
     llama = [(16, 16), (16, 8), (16, 8), (16, 16), (16, 32), (16, 32), (32, 16)]
     block = llama if family == "llama" else [(16, 48), (16, 16), (16, 64), (64, 16)]
@@ -63,6 +63,26 @@ def test_directions_are_forecast_from_the_shapes_of_the_matrices(request, task_f
     assert found.kept["directions"] == 8 * size.squares + 4 * size.matrices
     products = 2 * sum(i * i * o for i, o in block)
     assert found.seconds["directions"] == pytest.approx(100 / 4 * 2 * products / MACHINES["cpu"].flops[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "strategy", "by_direction"),
+    [
+        ({}, "auto", True),
+        ({"directions": "auto", "estimator": {"class_path": "agcl.attribution.estimators.Fisher"}}, "auto", True),
+        ({"estimator": {"class_path": "agcl.attribution.estimators.Wanda"}}, "auto", False),
+        ({"source": "single_task"}, "auto", False),
+        ({"reestimate": 4}, "auto", False),
+        ({"strength": 0.0}, "auto", False),
+        ({"directions": None}, "auto", False),
+        ({}, "lightning.pytorch.strategies.ModelParallelStrategy", False),
+    ],
+)
+def test_the_kind_of_gate_is_chosen_as_in_training(llama_folder, task_files, tmp_path, options, strategy, by_direction):
+    callbacks = [{"class_path": "agcl.AttributionCallback", "init_args": options}]
+    given = {"trainer__callbacks": callbacks, "trainer__strategy": strategy}
+    size = planning.model_size(configuration(write_config(llama_folder, task_files, tmp_path, **given)))
+    assert (size.squares > 0) == by_direction
 
 
 def test_a_callback_may_stand_alone_or_among_the_extra_ones(llama_folder, task_files, tmp_path):

@@ -3,10 +3,11 @@
 import math
 import time
 from collections.abc import Iterator
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
@@ -47,7 +48,7 @@ class AttributionCallback(Callback):
     is taken for that: it is read from the task's file, a tensor at a time. On disk, each old task leaves a file more at
     each boundary, ``T (T + 1) / 2`` bytes per weight after T tasks, since an earlier checkpoint may be resumed from.
 
-    With ``directions``, weight matrices are gated by the directions of their inputs instead of entry by entry (see
+    Weight matrices are gated by the directions of their inputs instead of entry by entry (see
     :mod:`agcl.attribution.directions`), which protects far better: inputs are no unit vectors. Embeddings,
     normalisations, biases and experts are gated entry by entry as before; the matrices' importance is computed and
     written, too, but not gated by. For a matrix of shape (out, in) of which ``held`` directions are held back,
@@ -78,8 +79,10 @@ class AttributionCallback(Callback):
             mean without attribution, to compare with. Under ``directions``, ``shuffled`` takes random directions.
         directions: Gate weight matrices by direction: ``plasticity``, the mean share that a matrix may go of its way,
             the same for each task; ``every``, how many steps pass between two products with the gate's map;
-            ``weighted: false`` counts all inputs alike, a control. For estimators made of gradients, in one process or
-            under DDP. None: every weight is gated on its own.
+            ``weighted: false`` counts all inputs alike, a control. For estimators made of gradients, ``source:
+            running`` without ``reestimate``, in one process or under DDP. ``auto``: with the default of these options
+            where that is so and the selected parameters have a weight matrix, else as None: every weight is gated on
+            its own, as in the paper.
         seed: Choice of the rows; permutation of the shuffled control; the data module's if left out.
 
     Raises:
@@ -103,7 +106,7 @@ class AttributionCallback(Callback):
         strength: float = 1.0,
         parameters: str = "",
         control: Literal["none", "shuffled", "flattened"] = "none",
-        directions: Directions | None = None,
+        directions: Directions | Literal["auto"] | None = "auto",
         seed: int | None = None,
     ) -> None:
         if not 0 <= strength < math.inf:
@@ -124,10 +127,15 @@ class AttributionCallback(Callback):
         self._gatherer = Gatherer(
             estimator, num_samples, batch_size, per_sample, importance, importance_bits, parameters, seed
         )
+        self._is_auto = directions == "auto"
         self._directions: DirectionsSoFar | None = None
         if directions is not None:
-            by_gradients = _check_directions(estimator, source, reestimate, strength)
-            self._directions = DirectionsSoFar(directions, by_gradients, strength, control)
+            problem = _directions_problem(estimator, source, reestimate, strength)
+            if problem is None:
+                chosen = Directions() if isinstance(directions, str) else directions
+                self._directions = DirectionsSoFar(chosen, cast(PerSampleGradient, estimator), strength, control)
+            elif not self._is_auto:
+                raise AgclError(problem)
         self._so_far = ImportanceSoFar(merge, importance_bits, importance_on, needs_files=reestimate > 0)
         self._initial: InitialModel | None = None
         self.num_boundaries = 0
@@ -156,12 +164,14 @@ class AttributionCallback(Callback):
     # --------------------------------------------------------------- life cycle
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        """Check what a model of each task's own would be made from."""
+        """Check what a model of each task's own would be made from; choose the kind of gate."""
         if stage == "fit" and self.source == "single_task" and pl_module.model is not None:
             raise AgclError(
                 "`source: single_task` trains a model for each task from `model_name_or_path`, but this ContinualLM "
                 "holds a model already, which may be another; make a new ContinualLM, or take `source: running`."
             )
+        if self._is_auto and isinstance(trainer.strategy, ModelParallelStrategy):
+            self._directions = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Check regime, optimizer, parameters and architecture before anything is trained."""
@@ -200,14 +210,19 @@ class AttributionCallback(Callback):
             sample: A row of the first task, answered right or wrong.
         """
         self._gatherer.check(model, sample)
-        if self._directions:
-            self._directions.find(model, self._gatherer.names(model), sample)
+        if self._directions and not self._directions.find(model, self._gatherer.names(model), sample):
+            if not self._is_auto:
+                raise AgclError(
+                    "`directions` gates weight matrices of linear maps, but none of the selected parameters is one; "
+                    "give `directions: null`."
+                )
+            self._directions = None
 
     def _check_gate_on_shards(self) -> None:
         if self._directions:
             raise AgclError(
                 "`directions` looks at whole weight matrices, which are split over processes here "
-                "(ModelParallelStrategy); leave it out, or take `strategy: ddp`."
+                "(ModelParallelStrategy); give `directions: null`, or take `strategy: ddp`."
             )
         if self.control != "none":
             raise AgclError(
@@ -295,6 +310,8 @@ class AttributionCallback(Callback):
                 f"The importance so far has `source: {state_dict['source']}`, not `{self.source}`; keep to it."
             )
         directions = state_dict.get("directions")
+        if self._is_auto and directions is None:
+            self._directions = None  # as it began
         if (directions is None) != (self._directions is None):
             said = "without" if directions is None else "with"
             raise AgclError(f"The importance so far was computed {said} `directions`; keep to it.")
@@ -416,18 +433,19 @@ def _check_reestimate(reestimate: int, source: Source, estimator: Estimator) -> 
         raise AgclError(f"`reestimate` keeps rows, but the estimator {name} looks at none; leave `reestimate` out.")
 
 
-def _check_directions(estimator: Estimator, source: Source, reestimate: int, strength: float) -> PerSampleGradient:
+def _directions_problem(estimator: Estimator, source: Source, reestimate: int, strength: float) -> str | None:
+    """Why there can be no gate by direction, if so."""
     if not isinstance(estimator, PerSampleGradient):
-        raise AgclError(
+        return (
             f"`directions` weights inputs by gradients, which the estimator {type(estimator).__name__} does not take; "
-            "choose LRP, GradientWeight, Fisher, EmpiricalFisher or MAS, or leave `directions` out."
+            "choose LRP, GradientWeight, Fisher, EmpiricalFisher or MAS, or give `directions: null`."
         )
     if not strength:
-        raise AgclError("`strength: 0` is no gate; leave `directions` out with it, or give a number above 0.")
+        return "`strength: 0` is no gate; give `directions: null` with it, or a number above 0."
     for option, is_given in (("source: single_task", source == "single_task"), ("reestimate", reestimate > 0)):
         if is_given:
-            raise AgclError(f"`directions` and `{option}` do not work together; leave one of them out.")
-    return estimator
+            return f"`directions` and `{option}` do not work together; give `directions: null`, or leave it out."
+    return None
 
 
 def _tensors(state: Any) -> Iterator[Tensor]:

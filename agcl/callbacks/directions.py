@@ -56,19 +56,14 @@ class DirectionsSoFar:
         self._plasticity: dict[str, float] = {}
         self._interrupted: dict[str, Any] = {}  # of the gate that a checkpoint was written under
 
-    def find(self, model: nn.Module, parameters: list[str], sample: Sample) -> None:
-        """Look which parameters are weight matrices.
+    def find(self, model: nn.Module, parameters: list[str], sample: Sample) -> bool:
+        """Look which parameters are weight matrices, and whether any is.
 
         Raises:
-            AgclError: If none is.
             UnsupportedModelError: If the rules do not see into the model.
         """
         self._transposed = find_matrices(model, parameters, sample, self._estimator.rule)
-        if not self._transposed:
-            raise AgclError(
-                "`directions` gates weight matrices of linear maps, but none of the selected parameters is one; "
-                "leave it out."
-            )
+        return bool(self._transposed)
 
     def names(self) -> set[str]:
         """The matrices that are gated by direction, once a task is learned."""

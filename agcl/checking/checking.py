@@ -234,10 +234,9 @@ def _rows(found: Check, config: Any, data: ContinualDataModule, model: Any) -> N
 
 def _forecast(found: Check, config: Any, model: Any) -> None:
     options = planning.attribution_options(config)
-    gated = {} if options is None else planning.gated_sizes(model, options.get("parameters", ""))
     found.machine = planning.machine_of(config)
     found.settings = planning.read_settings(config, found.machine)
-    found.size = planning.size_of(model, gated)
+    found.size = planning.model_size(config, model)
     accumulate, batch_size = config.trainer.accumulate_grad_batches, config.data.batch_size
     for number, each in enumerate(found.tasks):
         lengths = each.splits[0].lengths

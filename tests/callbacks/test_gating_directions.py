@@ -7,7 +7,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from agcl.attribution.estimators import Wanda
-from agcl.callbacks import Directions
+from agcl.callbacks import AttributionCallback, Directions
 from agcl.errors import AgclError
 
 
@@ -165,3 +165,58 @@ def test_an_adapter_is_gated_by_direction(llama_folder, task_files, tmp_path, kn
     trainer_for(data, tmp_path, [callback, Plasticity()]).fit(model, datamodule=data)
     assert len(seen[-1]) == 2 * 2 * 2  # A and B of two maps in two layers
     assert all(mean == pytest.approx(0.6, abs=1e-3) for mean in seen[-1].values())
+
+
+def whose_plasticity_is_the_budget(callback, folder, files, run_dir):
+    """The parameters gated by direction while the second task is learned."""
+    seen = {}
+
+    class Look(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            seen.update(callback.plasticity())
+
+    model, data = build(folder, files[:2])
+    trainer_for(data, run_dir, [callback, Look()]).fit(model, datamodule=data)
+    assert seen
+    return {name for name, mean in seen.items() if mean == 0.8}
+
+
+def test_left_to_itself_it_gates_matrices_by_direction(llama_folder, task_files, tmp_path, knowing):
+    gated = whose_plasticity_is_the_budget(AttributionCallback(), llama_folder, task_files, tmp_path)
+    assert len(gated) == 14
+    assert all(name.endswith("proj.weight") for name in gated)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"estimator": Wanda()},
+        {"source": "single_task"},
+        {"reestimate": 2},
+        {"parameters": "norm"},
+        {"directions": None},
+    ],
+    ids=str,
+)
+def test_left_to_itself_it_gates_by_entry_where_there_are_no_directions(
+    llama_folder, task_files, tmp_path, knowing, options
+):
+    callback = AttributionCallback(num_samples=2, **options)
+    assert not whose_plasticity_is_the_budget(callback, llama_folder, task_files, tmp_path)
+
+
+def test_a_run_begun_by_entry_goes_on_so_where_the_choice_is_left(llama_folder, task_files, tmp_path, knowing):
+    model, data = build(llama_folder, task_files)
+    saving = ModelCheckpoint(tmp_path / "kept", filename="last", every_n_epochs=1)
+    with pytest.raises(CrashError):
+        trainer_for(data, tmp_path, [attribution(), CrashAt(8), saving], enable_checkpointing=True).fit(
+            model, datamodule=data
+        )
+    straight, _ = fit(llama_folder, task_files, tmp_path / "straight", attribution())
+    model, data = build(llama_folder, task_files)
+    callback = attribution(directions="auto")
+    trainer_for(data, tmp_path / "resumed", [callback]).fit(
+        model, datamodule=data, ckpt_path=tmp_path / "kept" / "last.ckpt"
+    )
+    for name, parameter in weights(straight.model).items():
+        assert torch.equal(parameter, weights(model.model)[name]), name
