@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from agcl.attribution.estimators import LRP, PerSampleGradient
-from agcl.callbacks import AttributionCallback
+from agcl.callbacks import AttributionCallback, Directions
 from agcl.configurations import all_callbacks
 from agcl.data.sequence import Regime
 from agcl.errors import AgclError
@@ -208,7 +208,7 @@ def read_settings(config: Any, machine: Machine) -> Settings:
         importance_on_host=callback.get("importance_on", "device") == "host",
         aggregation="mean" if top_k is None else importance.get("top_k_method", "blocks"),
         top_k=top_k or 1,
-        directions_every=1 if directions in ("auto", None) else directions.get("every", 1),
+        directions_every=(Directions() if directions in ("auto", None) else Directions(**directions)).every,
     )
 
 

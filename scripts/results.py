@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 RAW = ROOT / "benchmarks" / "results"
-COMPARISON = RAW / "compare_quickstart"
+QUICKSTART = RAW / "compare_quickstart"
 METRICS = ("average_performance", "backward_transfer", "learning_accuracy")
 # Of the kinds of `benchmarks/gates.py`; of the others, the quantile.
 OPTIONS: dict[str, tuple[str, ...]] = {
@@ -23,10 +23,20 @@ OPTIONS: dict[str, tuple[str, ...]] = {
 Row = tuple[object, ...]
 
 
-def comparison() -> str:
-    """The comparison's own tables, as `agcl compare` wrote them."""
-    text = (COMPARISON / "comparison.md").read_text().partition("## Missing runs")[0]
-    text = text.replace("(stability", f"({COMPARISON.relative_to(ROOT)}/stability")
+def quickstart() -> str:
+    """The tables of the quick start's comparison."""
+    return _comparison(QUICKSTART)
+
+
+def concept1k() -> str:
+    """Those of the reduced Concept-1K."""
+    return _comparison(RAW / "compare_concept1k_reduced")
+
+
+def _comparison(folder: Path) -> str:
+    """A comparison's own tables, as `agcl compare` wrote them."""
+    text = (folder / "comparison.md").read_text().partition("## Missing runs")[0]
+    text = text.replace("(stability", f"({folder.relative_to(ROOT)}/stability")
     return re.sub(r"^#", "###", text, flags=re.MULTILINE).strip()
 
 
@@ -34,8 +44,8 @@ def trials() -> str:
     """Both gates beside their shuffled controls at the same settings, on the trials' seed."""
     rows: list[Row] = []
     for method in ("agcl", "agcl_entries"):
-        for folder in sorted((COMPARISON / method).iterdir()):
-            found = [_scores(COMPARISON / kind / folder.name, seed=0) for kind in (method, f"{method}_shuffled")]
+        for folder in sorted((QUICKSTART / method).iterdir()):
+            found = [_scores(QUICKSTART / kind / folder.name, seed=0) for kind in (method, f"{method}_shuffled")]
             if None in found:
                 continue
             rows += [
@@ -51,14 +61,7 @@ def gates() -> str:
     rows = []
     for line in (RAW / "gates.jsonl").read_text().splitlines():
         row = json.loads(line)
-        own = {
-            "relative": ("c",),
-            "relative2": ("c",),
-            "ratio": ("power",),
-            "directions": ("plasticity", "every"),
-            "none": (),
-        }
-        options = own.get(row["kind"], ("quantile",))
+        options = OPTIONS.get(row["kind"], ("quantile",))
         kind = " ".join([row["kind"], *(f"{option} {row[option]:g}" for option in options)])
         kind += ", shuffled" if row["shuffled"] else ""
         kind += ", unweighted" if row.get("unweighted") else ""

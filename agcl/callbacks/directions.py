@@ -20,7 +20,8 @@ class Directions:
     Attributes:
         plasticity: Mean share of its way that a matrix may go, over all directions of its inputs, in (0, 1). The
             budget is the same for each task, so that nothing saturates; a smaller one wants a higher learning rate.
-        every: Optimizer steps from one product with the map to the next; more are cheaper where batches are small.
+        every: Optimizer steps from one product with the map to the next: few are slow where batches are small, with
+            many, less of a new task is learned.
         weighted: Whether inputs count by how much the answers rest on them; if not, all alike, to compare with.
 
     Raises:
@@ -28,7 +29,7 @@ class Directions:
     """
 
     plasticity: float = 0.8
-    every: int = 1
+    every: int = 4
     weighted: bool = True
 
     def __post_init__(self) -> None:

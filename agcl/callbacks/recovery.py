@@ -1,7 +1,5 @@
 """Is an old task forgotten, or only the form of its answers lost? Two measurements that tell these apart."""
 
-from collections.abc import Mapping
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -163,20 +161,6 @@ class RecoveryProbe(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` gave."""
         self._predictions, self._found = dict(state_dict["predictions"]), dict(state_dict["found"])
-
-
-def recovery_means(results: Mapping[str, Any]) -> dict[str, float]:
-    """Mean over the old tasks of each measurement in a run's ``recovery``; what was not measured is left out.
-
-    Args:
-        results: A run's, as in ``scores.json``.
-
-    Returns:
-        ``divergence`` (nats per answer token), ``score`` and ``recovered_score`` (both in [0, 1]).
-    """
-    lists = (results.get("recovery") or {}).items()
-    values = {name: [value for value in found if value is not None] for name, found in lists}
-    return {name: fmean(found) for name, found in values.items() if found}
 
 
 def _batches(pl_module: Any, rows: Dataset, size: int | None = None) -> list[dict[str, Any]]:

@@ -20,12 +20,12 @@ from rich.table import Table
 
 import agcl
 from agcl.callbacks.hyperparameters import seed_given
-from agcl.callbacks.recovery import recovery_means
 from agcl.callbacks.run_folder import run_folder
 from agcl.errors import AgclError
 from agcl.files import partial_of, sync_folder, sync_tree, write_whole
 from agcl.metrics.figure import score_matrix_picture
 from agcl.module import NLL, SCORE
+from agcl.recovery import recovery_means
 
 _NAMED_COLUMNS = 7  # tasks whose names and scores fit into a terminal of 80 columns
 

@@ -34,15 +34,17 @@ trainer:
     - class_path: agcl.AttributionCallback
       init_args:
         estimator: {{class_path: agcl.attribution.estimators.LRP, init_args: {{score: sensitivity}}}}
+        num_samples: 32  # rows of each task that are looked at
         importance:
-          quantile: 0.1  # lower is a stronger gate, which wants a higher learning rate; 0.9 is a weak one
+          quantile: 0.1  # of embeddings, norms, biases: lower protects more
+        directions: {{plasticity: 0.8, every: 4}}  # of weight matrices: less protects more; null: less memory, too
 model:
   model_name_or_path: {model}  # a hub name, a local folder, or builtin:NAME
   # adapter: {{peft_type: LORA, r: 16, target_modules: all-linear}}  # train a small adapter in place of all weights
   optimizer:
     class_path: torch.optim.AdamW
     init_args:
-      lr: 5.0e-4  # for a small model under the gate above; larger models, and none of the gate, want less
+      lr: 2.0e-4  # for a small model under the gate above; larger models, and none of the gate, want less
 data:
   data_dir: {folder_scalar}
   batch_size: 8

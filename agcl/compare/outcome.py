@@ -4,7 +4,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from agcl.callbacks.recovery import recovery_means
 from agcl.compare.runs import Run, values_text
 from agcl.compare.settings import Comparison, Values
 from agcl.compare.statistics import (
@@ -14,6 +13,7 @@ from agcl.compare.statistics import (
     paired_differences,
     standard_deviation,
 )
+from agcl.recovery import recovery_means
 
 COSTS = ("wall_seconds", "processor_seconds", "peak_memory_bytes", "extra_bytes_per_weight")
 

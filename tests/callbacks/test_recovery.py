@@ -9,8 +9,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from transformers import AutoModelForCausalLM
 
 from agcl.callbacks import ContinualReport, RecoveryProbe
-from agcl.callbacks.recovery import recovery_means
 from agcl.errors import AgclError
+from agcl.recovery import recovery_means
 
 WORDS = ["sun", "map", "ink", "oak", "jar", "fig"]
 FACTS = ["bd", "cf", "ag", "he", "dc", "fb"]

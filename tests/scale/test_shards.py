@@ -69,7 +69,7 @@ def test_tensor_parallelism_is_refused_with_the_remedy():
 )
 def test_what_needs_whole_tensors_is_refused(options, message):
     with pytest.raises(AgclError, match=message):
-        AttributionCallback(**options)._check_gate_on_shards()
+        AttributionCallback(directions=None, **options)._check_gate_on_shards()
 
 
 def test_rows_are_cut_as_torch_cuts_them():
