@@ -269,7 +269,7 @@ def _kept(size: ModelSize, settings: Settings) -> dict[str, int]:
     }
     if settings.gate and not settings.importance_on_host:
         kept["importance"] = size.gated * settings.importance_bytes // shards
-    if size.matrices:  # moments, maps, and the matrices as they were
+    if size.matrices:  # moments, at most as much of maps, and the matrices as they were
         kept["directions"] = 8 * size.squares + size.matrices * width
     if shards > 1:
         kept["gathered layers"] = 2 * size.weights // max(size.layers, 1) * width

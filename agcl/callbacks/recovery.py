@@ -27,7 +27,8 @@ class RecoveryProbe(Callback):
     ``scores.json`` gets ``recovery``, a list for each with an entry for each task, null for the last: ``divergence``,
     ``score`` and ``recovered_score`` of the rows that are not used for recovery (null if there are none). Nothing of
     this reaches the training; under ``regime: joint`` there is nothing to measure. Memory at the end: one more copy of
-    the trained weights, and AdamW's state of them. Every process measures all of it.
+    the trained weights, and AdamW's state of them. That and its time are part of what the run reports of itself. Every
+    process measures all of it.
 
     Args:
         num_rows: Training rows of each old task to recover with.
