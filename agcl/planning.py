@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any, Literal
@@ -120,7 +120,7 @@ def size_of(built: Any, gated: dict[str, int], *, by_direction: bool = False) ->
     text = built.config.get_text_config()
     inner = getattr(text, "moe_intermediate_size", None) or getattr(text, "intermediate_size", None)
     inner = inner or getattr(text, "n_inner", None) or 4 * text.hidden_size
-    matrices = list(_matrices(built, gated)) if by_direction else []
+    matrices = list(matrices_of(built, gated).values()) if by_direction else []
     return ModelSize(
         weights=sum(parameter.numel() for parameter in built.parameters()),
         trained=sum(parameter.numel() for parameter in built.parameters() if parameter.requires_grad),
@@ -136,15 +136,37 @@ def size_of(built: Any, gated: dict[str, int], *, by_direction: bool = False) ->
     )
 
 
-def _matrices(model: nn.Module, gated: dict[str, int]) -> Iterator[tuple[int, int]]:
-    """Inputs and outputs of each linear map whose weights are gated and not those of the embedding, too."""
+def matrices_of(model: nn.Module, gated: Iterable[str]) -> dict[str, tuple[int, int]]:
+    """Inputs and outputs of each linear map whose weights are gated and not those of the embedding, too, by name."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    for name, module in model.named_modules():
-        if f"{name}.weight" in gated and id(module.weight) not in embeddings:
+    found, wanted = {}, set(gated)
+    for module_name, module in model.named_modules():
+        if (name := f"{module_name}.weight") in wanted and id(module.weight) not in embeddings:
             if isinstance(module, nn.Linear):
-                yield module.in_features, module.out_features
+                found[name] = module.in_features, module.out_features
             elif isinstance(module, Conv1D):
-                yield module.weight.shape[0], module.weight.shape[1]
+                found[name] = module.weight.shape[0], module.weight.shape[1]
+    return found
+
+
+def budgets_of(config: Any, model: nn.Module) -> dict[str, float]:
+    """The mean plasticity of each matrix that a configuration gates by direction, by name.
+
+    Args:
+        config: Of ``agcl fit``.
+        model: Its model, with its adapter if it has one.
+    """
+    callback = attribution_options(config)
+    if callback is None or not gates_by_direction(callback, is_sharded=_is_sharded(config)):
+        return {}
+    gated = gated_sizes(model, callback.get("parameters", ""))
+    return dict.fromkeys(matrices_of(model, gated), _directions(callback).plasticity)
+
+
+def _directions(callback: Any) -> Directions:
+    """The options of a gate by direction, those that are left out included."""
+    given = callback.get("directions", "auto")
+    return Directions() if given in ("auto", None) else Directions(**given)
 
 
 def weightless_model(model: Any) -> Any:
@@ -201,14 +223,14 @@ def read_settings(config: Any, machine: Machine) -> Settings:
     each = callback.get("importance_bits", 8) // 8
     merged = each if callback.get("merge", "maximum") == "maximum" else 3 * each
     importance = callback.get("importance") or {}
-    top_k, directions = importance.get("top_k"), callback.get("directions", "auto")
+    top_k = importance.get("top_k")
     return replace(
         settings,
         importance_bytes=merged + (each if callback.get("control", "none") == "shuffled" else 0),
         importance_on_host=callback.get("importance_on", "device") == "host",
         aggregation="mean" if top_k is None else importance.get("top_k_method", "blocks"),
         top_k=top_k or 1,
-        directions_every=(Directions() if directions in ("auto", None) else Directions(**directions)).every,
+        directions_every=_directions(callback).every,
     )
 
 

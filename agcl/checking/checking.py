@@ -267,18 +267,19 @@ def _plasticity(found: Check, config: Any, model: Any) -> None:
         earlier = find_earlier(config)
         found.origin = earlier.origin
         try:
-            _leave_plasticity(found, earlier, options, model)
+            _leave_plasticity(found, earlier, config, model)
         except AgclError as error:
             if earlier.is_named:
                 raise
             found.notes.append(f"{earlier.origin} was of another model: {error}")
 
 
-def _leave_plasticity(found: Check, earlier: Earlier, options: Any, model: Any) -> None:
+def _leave_plasticity(found: Check, earlier: Earlier, config: Any, model: Any) -> None:
+    options, budgets = planning.attribution_options(config), planning.budgets_of(config, model)
     before: list[ImportanceFile] = []
     for each in found.tasks:
         if before:
-            each.plasticity = plasticity_left(before, options, model.named_parameters())
+            each.plasticity = plasticity_left(before, options, model.named_parameters(), budgets)
             each.earlier = [file.metadata["task"] for file in before]
         if each.task.name in earlier.files:
             before.append(earlier.files[each.task.name])

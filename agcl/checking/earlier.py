@@ -57,7 +57,10 @@ def find_earlier(config: Any) -> Earlier:
 
 
 def plasticity_left(
-    earlier: Sequence[ImportanceFile], options: Mapping[str, Any], parameters: Iterable[tuple[str, Tensor]]
+    earlier: Sequence[ImportanceFile],
+    options: Mapping[str, Any],
+    parameters: Iterable[tuple[str, Tensor]],
+    budgets: Mapping[str, float],
 ) -> dict[str, tuple[float, int]]:
     """Mean plasticity of each layer under the gate of some tasks' importance.
 
@@ -65,9 +68,10 @@ def plasticity_left(
         earlier: Importance of each task before.
         options: Of ``AttributionCallback``.
         parameters: The model's, with their names; values are not looked at.
+        budgets: Mean plasticity of the matrices that are gated by direction, by name: the same after any task.
 
     Returns:
-        Layer -> mean of ``(1 - importance) ** strength`` over its gated weights, and their number.
+        Layer -> mean of the budget, or of ``(1 - importance) ** strength``, over its gated weights, and their number.
 
     Raises:
         AgclError: If a file does not fit the model or the others.
@@ -79,7 +83,11 @@ def plasticity_left(
         merge.update(file)
     pattern, strength = options.get("parameters", ""), options.get("strength", 1.0)
     merged = {name: levels for name, levels in merge.importance().items() if re.search(pattern, name)}
-    return mean_by_layer({n: (mean_plasticity(n, levels, strength)[0], levels.numel()) for n, levels in merged.items()})
+    means = {
+        name: budgets[name] if name in budgets else mean_plasticity(name, levels, strength)[0]
+        for name, levels in merged.items()
+    }
+    return mean_by_layer({name: (mean, merged[name].numel()) for name, mean in means.items()})
 
 
 def _by_task(files: Iterable[ImportanceFile]) -> dict[str, ImportanceFile]:

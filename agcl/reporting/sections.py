@@ -133,7 +133,9 @@ def plasticity(record: RunRecord, summary: ImportanceSummary | None, with_import
     source, values = "as the run noted it", noted
     gate = record.gate
     if not noted and summary is not None:
-        if gate is None or gate.get("reestimate") or gate.get("control", "none") == "flattened":
+        # A gate by direction (of `auto` it is not known) is not made of the files' importance.
+        is_other = gate is not None and (gate.get("directions") or gate.get("reestimate"))
+        if gate is None or is_other or gate.get("control", "none") == "flattened":
             record.missing.append(
                 "Plasticity left: the run did not note it, and how its gate was made of the files is not known."
             )

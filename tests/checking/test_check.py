@@ -97,7 +97,8 @@ def importance_files(llama_folder, tmp_path):
 def test_plasticity_is_what_the_importance_of_earlier_tasks_leaves(
     llama_folder, task_files, tmp_path, importance_files
 ):
-    callback = {"class_path": "agcl.AttributionCallback", "init_args": {"strength": 2.0, "parameters": "layers|norm"}}
+    options = {"strength": 2.0, "parameters": "layers|norm", "directions": None}
+    callback = {"class_path": "agcl.AttributionCallback", "init_args": options}
     path = write_config(llama_folder, task_files, tmp_path, trainer__callbacks=[callback])
     first, second, third = checked(path).tasks
     assert first.plasticity == {}
@@ -112,6 +113,18 @@ def test_plasticity_is_what_the_importance_of_earlier_tasks_leaves(
     named = checked(path, f"--importance=[{importance_files}/task1.safetensors]")
     assert (named.tasks[1].plasticity, named.tasks[2].earlier) == ({}, ["task1"])
     assert "there is no importance of task0" in " ".join(text_of(named).split())
+
+
+def test_plasticity_of_matrices_gated_by_direction_is_the_budget(llama_folder, task_files, tmp_path, importance_files):
+    options = {"parameters": "up_proj|layernorm", "directions": {"plasticity": 0.7}}
+    callback = {"class_path": "agcl.AttributionCallback", "init_args": options}
+    path = write_config(llama_folder, task_files, tmp_path, trainer__callbacks=[callback])
+    _, second, _ = checked(path).tasks
+    matrix, norms = 16 * 32, 2 * 16  # of a layer; the importance files say 0.2 of all weights
+    expected = (0.7 * matrix + 0.8 * norms) / (matrix + norms)
+    assert {layer: mean for layer, (mean, _) in second.plasticity.items()} == pytest.approx(
+        {"layer 00": expected, "layer 01": expected}
+    )
 
 
 def test_earlier_runs_are_found_without_a_logger(llama_folder, task_files, tmp_path, importance_files, monkeypatch):

@@ -174,6 +174,30 @@ def test_plasticity_that_the_run_noted_counts(run):
     assert "<svg" in found["figure"]
 
 
+def test_plasticity_by_direction_is_not_that_of_the_files(run):
+    config = json.loads((run / "config.yaml").read_text())
+    config["trainer"]["callbacks"][0]["init_args"]["directions"] = "auto"
+    (run / "config.yaml").write_text(json.dumps(config))
+    record = read_run(run)
+    assert plasticity(record, summarise(record.importance, "maximum", 2.0), with_importance=True)["figure"] is None
+    assert any(sentence.startswith("Plasticity left") for sentence in record.missing)
+
+
+def test_recovery_of_old_tasks_is_shown(run):
+    assert "Forgotten, or only the form" not in page_of(run)
+    results = json.loads((run / "scores.json").read_text())
+    recovery = {"divergence": [1.5, 0.25, None], "score": [0.125, 0.5, None], "recovered_score": [0.875, None, None]}
+    (run / "scores.json").write_text(json.dumps({**results, "recovery": recovery}))
+    text = page_of(run).partition("Forgotten, or only the form")[2].partition("</table>")[0]
+    cells = re.findall(r"<t[hd][^>]*>([^<]*)</t[hd]>", text)
+    assert cells[4:-1] == ["first", "1.500", "0.125", "0.875", "sec &amp; &lt;ond&gt;", "0.250", "0.500"]
+
+
+def page_of(run):
+    write_report(run, run / "report.html")
+    return (run / "report.html").read_text()
+
+
 def test_what_is_missing_is_said(run):
     for name in ("answers.json", "config.yaml", "metrics.csv"):
         (run / name).unlink()
