@@ -196,7 +196,7 @@ def test_left_to_itself_it_gates_matrices_by_direction(llama_folder, task_files,
         {"parameters": "norm"},
         {"directions": None},
     ],
-    ids=str,
+    ids=lambda options: next(iter(options)),
 )
 def test_left_to_itself_it_gates_by_entry_where_there_are_no_directions(
     llama_folder, task_files, tmp_path, knowing, options
