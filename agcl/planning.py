@@ -16,8 +16,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from agcl.attribution.estimators import LRP, PerSampleGradient
+from agcl.attribution.estimators import LRP
 from agcl.callbacks import AttributionCallback, Directions
+from agcl.callbacks.directions import directions_problem
 from agcl.configurations import all_callbacks
 from agcl.data.sequence import Regime
 from agcl.errors import AgclError
@@ -105,8 +106,8 @@ def gates_by_direction(callback: Any, *, is_sharded: bool) -> bool:
         return directions is not None
     estimator = callback.get("estimator")
     kind = LRP if estimator is None else _class_of(estimator["class_path"])
-    alone = callback.get("source", "running") == "running" and not callback.get("reestimate", 0)
-    return issubclass(kind, PerSampleGradient) and alone and callback.get("strength", 1.0) > 0 and not is_sharded
+    source, reestimate = callback.get("source", "running"), callback.get("reestimate", 0)
+    return not is_sharded and directions_problem(kind, source, reestimate, callback.get("strength", 1.0)) is None
 
 
 def size_of(built: Any, gated: dict[str, int], *, by_direction: bool = False) -> ModelSize:

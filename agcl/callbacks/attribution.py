@@ -17,7 +17,7 @@ from agcl.attribution.importance import ImportanceConfig
 from agcl.attribution.levels import Bits
 from agcl.attribution.merging import How
 from agcl.attribution.passes import Sample
-from agcl.callbacks.directions import Directions, DirectionsSoFar
+from agcl.callbacks.directions import Directions, DirectionsSoFar, directions_problem
 from agcl.callbacks.gathering import Gatherer
 from agcl.callbacks.importance_so_far import ImportanceSoFar, Place
 from agcl.callbacks.single_task import InitialModel, check_single_task, gather_from_single_task
@@ -130,7 +130,7 @@ class AttributionCallback(Callback):
         self._is_auto = directions == "auto"
         self._directions: DirectionsSoFar | None = None
         if directions is not None:
-            problem = _directions_problem(estimator, source, reestimate, strength)
+            problem = directions_problem(type(estimator), source, reestimate, strength)
             if problem is None:
                 chosen = Directions() if isinstance(directions, str) else directions
                 self._directions = DirectionsSoFar(chosen, cast(PerSampleGradient, estimator), strength, control)
@@ -431,21 +431,6 @@ def _check_reestimate(reestimate: int, source: Source, estimator: Estimator) -> 
     if reestimate and not estimator.uses_samples:
         name = type(estimator).__name__
         raise AgclError(f"`reestimate` keeps rows, but the estimator {name} looks at none; leave `reestimate` out.")
-
-
-def _directions_problem(estimator: Estimator, source: Source, reestimate: int, strength: float) -> str | None:
-    """Why there can be no gate by direction, if so."""
-    if not isinstance(estimator, PerSampleGradient):
-        return (
-            f"`directions` weights inputs by gradients, which the estimator {type(estimator).__name__} does not take; "
-            "choose LRP, GradientWeight, Fisher, EmpiricalFisher or MAS, or give `directions: null`."
-        )
-    if not strength:
-        return "`strength: 0` is no gate; give `directions: null` with it, or a number above 0."
-    for option, is_given in (("source: single_task", source == "single_task"), ("reestimate", reestimate > 0)):
-        if is_given:
-            return f"`directions` and `{option}` do not work together; give `directions: null`, or leave it out."
-    return None
 
 
 def _tensors(state: Any) -> Iterator[Tensor]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from agcl.attribution.directions import Control, InputMoments, find_matrices, input_moments
-from agcl.attribution.estimators import Evidence, PerSampleGradient
+from agcl.attribution.estimators import Estimator, Evidence, PerSampleGradient
 from agcl.attribution.passes import Sample
 from agcl.errors import AgclError
 from agcl.gating import DirectionalGate
@@ -37,6 +37,21 @@ class Directions:
             raise AgclError(f"`directions.plasticity` is {self.plasticity}; choose a number between 0 and 1.")
         if self.every < 1:
             raise AgclError(f"`directions.every` is {self.every}; choose 1 or more steps.")
+
+
+def directions_problem(estimator: type[Estimator], source: str, reestimate: int, strength: float) -> str | None:
+    """Why there can be no gate by direction under these options of ``AttributionCallback``, if so."""
+    if not issubclass(estimator, PerSampleGradient):
+        return (
+            f"`directions` weights inputs by gradients, which the estimator {estimator.__name__} does not take; "
+            "choose LRP, GradientWeight, Fisher, EmpiricalFisher or MAS, or give `directions: null`."
+        )
+    if not strength:
+        return "`strength: 0` is no gate; give `directions: null` with it, or a number above 0."
+    for option, is_given in (("source: single_task", source == "single_task"), ("reestimate", reestimate > 0)):
+        if is_given:
+            return f"`directions` and `{option}` do not work together; give `directions: null`, or leave it out."
+    return None
 
 
 class DirectionsSoFar:

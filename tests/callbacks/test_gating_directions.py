@@ -101,18 +101,22 @@ def test_resumed_run_equals_the_straight_one(llama_folder, task_files, tmp_path,
         assert torch.equal(parameter, weights(model.model)[name]), name
 
 
-def test_a_run_goes_on_as_it_began(llama_folder, task_files, tmp_path, knowing):
-    model, data = build(llama_folder, task_files)
-    saving = ModelCheckpoint(tmp_path / "kept", filename="last", every_n_epochs=1)
+def killed_by_entry(folder, files, run_dir):
+    """The checkpoint of a run that gates by entry, killed while it learns the second task."""
+    model, data = build(folder, files)
+    saving = ModelCheckpoint(run_dir / "kept", filename="last", every_n_epochs=1)
     with pytest.raises(CrashError):
-        trainer_for(data, tmp_path, [attribution(), CrashAt(8), saving], enable_checkpointing=True).fit(
+        trainer_for(data, run_dir, [attribution(), CrashAt(8), saving], enable_checkpointing=True).fit(
             model, datamodule=data
         )
+    return run_dir / "kept" / "last.ckpt"
+
+
+def test_a_run_goes_on_as_it_began(llama_folder, task_files, tmp_path, knowing):
+    checkpoint = killed_by_entry(llama_folder, task_files, tmp_path)
     model, data = build(llama_folder, task_files)
     with pytest.raises(AgclError, match="computed without `directions`; keep to it"):
-        trainer_for(data, tmp_path, [by_direction()]).fit(
-            model, datamodule=data, ckpt_path=tmp_path / "kept" / "last.ckpt"
-        )
+        trainer_for(data, tmp_path, [by_direction()]).fit(model, datamodule=data, ckpt_path=checkpoint)
 
 
 def test_bytes_are_counted(llama_folder, task_files, tmp_path, knowing):
@@ -206,17 +210,10 @@ def test_left_to_itself_it_gates_by_entry_where_there_are_no_directions(
 
 
 def test_a_run_begun_by_entry_goes_on_so_where_the_choice_is_left(llama_folder, task_files, tmp_path, knowing):
-    model, data = build(llama_folder, task_files)
-    saving = ModelCheckpoint(tmp_path / "kept", filename="last", every_n_epochs=1)
-    with pytest.raises(CrashError):
-        trainer_for(data, tmp_path, [attribution(), CrashAt(8), saving], enable_checkpointing=True).fit(
-            model, datamodule=data
-        )
+    checkpoint = killed_by_entry(llama_folder, task_files, tmp_path)
     straight, _ = fit(llama_folder, task_files, tmp_path / "straight", attribution())
     model, data = build(llama_folder, task_files)
     callback = attribution(directions="auto")
-    trainer_for(data, tmp_path / "resumed", [callback]).fit(
-        model, datamodule=data, ckpt_path=tmp_path / "kept" / "last.ckpt"
-    )
+    trainer_for(data, tmp_path / "resumed", [callback]).fit(model, datamodule=data, ckpt_path=checkpoint)
     for name, parameter in weights(straight.model).items():
         assert torch.equal(parameter, weights(model.model)[name]), name
