@@ -13,7 +13,7 @@ from jsonargparse import ArgumentError
 
 from agcl import commands
 from agcl.configurations import resolve_arguments
-from agcl.errors import user_error
+from agcl.errors import is_memory_full, user_error
 from agcl.files import DISK_FULL, MAKE_ROOM
 from agcl.trust import denied_import, restrict_imports
 
@@ -25,6 +25,10 @@ _LONGEST = 600
 _NOISE = re.compile(
     r"Does not validate against any|Subtypes: |Errors:$|Given value|Subclass types expect one of|- a (class path|dict) "
     r"|- Not a valid subclass of|- Expected a <class 'NoneType'>$"
+)
+_LESS_MEMORY = (
+    "see `agcl plan` for where it goes; lower `data.batch_size` (and raise `trainer.accumulate_grad_batches`), "
+    "`data.eval_batch_size` or `data.max_length`, set `model.gradient_checkpointing`, or end what else holds some"
 )
 _PERMISSION = "choose a folder that you may write to"
 _REMEDIES = {
@@ -93,6 +97,8 @@ def _one_line(error: Exception, words: list[str]) -> str:
     if isinstance(error, ArgumentError):
         return _argument_line(str(error), words)
     text = " ".join(str(error).split())[:_LONGEST]
+    if is_memory_full(error):
+        return f"Memory is full: {_LESS_MEMORY} ({text[: _LONGEST // 2] or type(error).__name__})"
     if isinstance(error, OSError):  # what the operating system says names its file already
         remedy = _REMEDIES.get(error.errno or 0)
         return f"{text}; {remedy}." if remedy else text

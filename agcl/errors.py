@@ -1,6 +1,9 @@
 """The errors a user can cause and mend; the command line prints them as one line."""
 
+import re
 from collections.abc import Iterable
+
+_MEMORY_FULL = re.compile(r"out of memory|ALLOC_FAILED|can't allocate memory|not enough memory", re.IGNORECASE)
 
 
 class AgclError(ValueError):
@@ -40,3 +43,10 @@ def user_error(error: BaseException | None) -> AgclError | None:
     while error is not None and not isinstance(error, AgclError):
         error = error.__cause__ or error.__context__
     return error
+
+
+def is_memory_full(error: BaseException) -> bool:
+    """Whether memory ran out, of the host or an accelerator: torch says so with several types, some only in words."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and _MEMORY_FULL.search(str(error)) is not None
+    )

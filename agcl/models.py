@@ -5,6 +5,8 @@ import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +18,7 @@ from peft import PeftModel, PeftType
 from torch.nn import ModuleList
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from agcl.errors import AgclError
+from agcl.errors import AgclError, is_memory_full
 from agcl.files import sync_folder, sync_tree
 from agcl.shards import has_shards
 
@@ -93,10 +95,8 @@ def load_config(model_name_or_path: str, *, gguf_file: str | None = None, trust_
         AgclError: If nothing loads under that name, or the model is an encoder-decoder.
     """
     path = resolve_model(model_name_or_path)
-    try:
+    with _loading("model", model_name_or_path):
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **_gguf(gguf_file))
-    except Exception as error:  # transformers, safetensors and gguf raise many types for files that are not right
-        raise _unloadable("model", model_name_or_path, error) from error
     if config.is_encoder_decoder:
         raise AgclError(
             f"`{model_name_or_path}` is an encoder-decoder ({config.model_type}). Choose a decoder-only causal LM."
@@ -141,7 +141,7 @@ def load_model(
             f"The weights of `{model_name_or_path}` are quantised ({method}), so they cannot be trained: take the "
             "model without quantisation, or train an `adapter` on it."
         )
-    try:
+    with _loading("model", model_name_or_path):
         model = AutoModelForCausalLM.from_pretrained(
             resolve_model(model_name_or_path),
             dtype=dtype or torch.get_default_dtype(),
@@ -149,8 +149,6 @@ def load_model(
             trust_remote_code=trust_remote_code,
             **_gguf(gguf_file),
         )
-    except Exception as error:  # transformers, safetensors and gguf raise many types for files that are not right
-        raise _unloadable("model", model_name_or_path, error) from error
     quantizer = getattr(model, "hf_quantizer", None)
     if gguf_file is not None and quantizer is not None:
         # The weights are ordinary floats by now, but the mark of their origin would refuse `save_pretrained`.
@@ -167,10 +165,8 @@ def load_tokenizer(
         AgclError: If nothing loads under that name, or there is no end-of-sequence token.
     """
     path = resolve_model(model_name_or_path)
-    try:
+    with _loading("tokenizer", model_name_or_path):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, **_gguf(gguf_file))
-    except Exception as error:  # transformers, safetensors and gguf raise many types for files that are not right
-        raise _unloadable("tokenizer", model_name_or_path, error) from error
     if tokenizer.eos_token_id is None:
         raise AgclError(f"The tokenizer of `{model_name_or_path}` has no end-of-sequence token to close answers with.")
     if tokenizer.pad_token_id is None:
@@ -260,6 +256,16 @@ def _save_sum(model: Any, folder: str) -> None:
 
 def _gguf(gguf_file: str | None) -> dict[str, str]:
     return {} if gguf_file is None else {"gguf_file": gguf_file}
+
+
+@contextmanager
+def _loading(what: str, name: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # transformers, safetensors and gguf raise many types for files that are not right
+        if is_memory_full(error):
+            raise
+        raise _unloadable(what, name, error) from error
 
 
 def _unloadable(what: str, name: str, error: Exception) -> AgclError:

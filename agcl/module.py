@@ -18,7 +18,7 @@ from torchmetrics import MetricCollection
 from agcl.answers import AnswerRecord
 from agcl.data.sequence import TaskSequence
 from agcl.data.tasks import IGNORED_LABEL
-from agcl.errors import AgclError
+from agcl.errors import AgclError, is_memory_full
 from agcl.metrics import (
     AveragePerformance,
     BackwardTransfer,
@@ -141,6 +141,8 @@ class ContinualLM(LightningModule):
             try:
                 model = get_peft_model(model, get_peft_config({"task_type": "CAUSAL_LM", **self.adapter}))
             except Exception as error:  # PEFT raises KeyError, TypeError, ValueError and its own
+                if is_memory_full(error):
+                    raise
                 reason = " ".join(str(error).split())[:300]
                 raise AgclError(f"`adapter` {self.adapter} is no usable PEFT configuration: {reason}") from error
         self.model = model.train()

@@ -19,9 +19,10 @@ from lightning.pytorch.accelerators import CUDAAccelerator
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from agcl import lightning_cli
+from agcl import lightning_cli, module
 from agcl.attribution import save_importance
 from agcl.cli import main
+from agcl.models import load_model
 from agcl.module import ContinualLM
 
 Overrides = dict[str, Any]
@@ -558,6 +559,42 @@ def test_debug_by_the_environment(place, monkeypatch):
     monkeypatch.setenv("AGCL_DEBUG", "1")
     with pytest.raises(ValueError, match="There is no importance file /no"):
         main(["importance", "show", "/no"])
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 88.00 MiB."),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory"),
+        MemoryError(),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_full_memory_is_called_so_wherever_it_strikes(place, capsys, monkeypatch, error):
+    def fail(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(lightning_cli, "AgclCLI", fail)
+    monkeypatch.setattr(fail, "subcommands", dict, raising=False)
+    line = error_line(capsys, lambda: main(["fit"]))
+    assert line.startswith("Memory is full: see `agcl plan`")
+    assert "data.batch_size" in line
+    assert str(error) in line
+
+    # Not a fault of the model's name, though most errors are while one is loaded, nor of the adapter's settings.
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fail)
+    with pytest.raises(type(error)):
+        load_model(str(place.llama))
+
+
+def test_full_memory_is_no_fault_of_an_adapter(llama_folder, monkeypatch):
+    def fail(*arguments, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(module, "get_peft_model", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        ContinualLM(model_name_or_path=str(llama_folder), adapter=LORA).configure_model()
 
 
 def test_what_was_not_foreseen_is_one_line_too(place, capsys, monkeypatch):

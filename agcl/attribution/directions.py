@@ -204,7 +204,7 @@ def shares_kept(moment: Tensor, plasticity: float, strength: float = 1.0) -> tup
         tensor of shape (in, in), float32.
     """
     importance, directions = torch.linalg.eigh(moment.float())
-    importance = importance.double().clamp_(min=0)
+    importance = importance.cpu().double().clamp_(min=0)  # a few numbers, asked many times: no device to wait for
     importance /= importance.max()
     low, high = -200.0, 200.0  # of log2 c
     for _ in range(64):
@@ -215,4 +215,4 @@ def shares_kept(moment: Tensor, plasticity: float, strength: float = 1.0) -> tup
         else:
             high = middle
     c = 2.0**high
-    return ((c / (c + importance)) ** strength).float(), directions
+    return ((c / (c + importance)) ** strength).to(directions), directions

@@ -5,17 +5,17 @@ from statistics import fmean, stdev
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch import Trainer
 from torch import Tensor
 
+from agcl.callbacks.beside_scoring import BesideScoring
 from agcl.data.tasks import IGNORED_LABEL
 from agcl.data.text import load_text, text_windows
 from agcl.errors import AgclError
 from agcl.scoring import answer_logits, token_nll
 
 
-class GeneralAbility(Callback):
+class GeneralAbility(BesideScoring):
     """Measures the mean negative log-likelihood per token of ordinary text, whenever the tasks are scored.
 
     That is before any training and after each task. It is logged as ``general/nll`` (nats) and ``general/perplexity``
@@ -70,21 +70,11 @@ class GeneralAbility(Callback):
                 "choose a lower `window_tokens`."
             )
 
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Measure beside the scoring of the tasks."""
-        if trainer.state.fn == TrainerFn.FITTING:
-            if trainer.sanity_checking:  # before any training: what a former run left does not count
-                self._nll = {}
-            self._measure(trainer, pl_module, pl_module.num_learned)
+    def _forget(self) -> None:
+        self._nll = {}
 
-    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """On resuming: make up for a measurement that did not take place."""
-        completed = pl_module.tasks.num_completed(trainer.current_epoch)
-        if completed and completed not in self._nll:
-            # From a checkpoint of an epoch's last batch, Lightning goes on with the next epoch without validating.
-            pl_module.eval()
-            self._measure(trainer, pl_module, completed)
-            pl_module.train()
+    def _has_measured(self, num_learned: int) -> bool:
+        return num_learned in self._nll
 
     def _measure(self, trainer: Trainer, pl_module: Any, num_learned: int) -> None:
         with torch.no_grad(), trainer.precision_plugin.forward_context():

@@ -4,17 +4,17 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch import Trainer
 from torch import Tensor
 
+from agcl.callbacks.beside_scoring import BesideScoring
 from agcl.data.tasks import IGNORED_LABEL, collate
 from agcl.errors import AgclError
 from agcl.scoring import TaskScorer, answer_logits, token_nll
 from agcl.shards import has_shards
 
 
-class RecoveryProbe(Callback):
+class RecoveryProbe(BesideScoring):
     """Measures how far old tasks' answers have moved, and how much of a lost score a few rows bring back.
 
     - **Divergence**, after each task: KL(then || now) between what the model predicted for an old task's answer tokens
@@ -67,25 +67,14 @@ class RecoveryProbe(Callback):
             )
         self._num_tasks = len(pl_module.tasks)
 
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Measure beside the scoring of the tasks."""
-        if trainer.state.fn == TrainerFn.FITTING:
-            if trainer.sanity_checking:  # before any training: what a former run left does not count
-                self._predictions, self._found = {}, {}
-            else:
-                self._measure(trainer, pl_module, pl_module.num_learned)
+    def _forget(self) -> None:
+        self._predictions, self._found = {}, {}
 
-    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """On resuming: make up for a measurement that did not take place."""
-        completed = pl_module.tasks.num_completed(trainer.current_epoch)
-        if completed and completed - 1 not in self._predictions:
-            # From a checkpoint of an epoch's last batch, Lightning goes on with the next epoch without validating.
-            pl_module.eval()
-            self._measure(trainer, pl_module, completed)
-            pl_module.train()
+    def _has_measured(self, num_learned: int) -> bool:
+        return num_learned - 1 in self._predictions
 
     def _measure(self, trainer: Trainer, pl_module: Any, num_learned: int) -> None:
-        if pl_module.tasks.regime == "joint":
+        if pl_module.tasks.regime == "joint" or not num_learned:
             return
         last = num_learned - 1
         # Steps are taken here, which Lightning's validation does not let gradients into.
