@@ -33,6 +33,23 @@ def concept1k() -> str:
     return _comparison(RAW / "compare_concept1k_reduced")
 
 
+def classification() -> str:
+    """Trials of the reduced classification sequence, the best of each method first."""
+    found = []
+    for file in (RAW / "compare_classification_reduced").glob("*/*/seed-100-*/scores.json"):
+        method, settings = file.parts[-4:-2]
+        metrics = json.loads(file.read_text())["metrics"]
+        found.append((method, settings.replace("_", ", "), *(metrics[m] for m in METRICS)))
+    best = {method: max(row[2] for row in found if row[0] == method) for method, *_ in found}
+    found.sort(key=lambda row: (-best[row[0]], row[0], -row[2]))
+    rows: list[Row] = [(*row[:2], *map(_cell, row[2:])) for row in found]
+    return _table(("method", "settings", "average performance", "backward transfer", "learning accuracy"), rows)
+
+
+def _cell(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
 def _comparison(folder: Path) -> str:
     """A comparison's own tables, as `agcl compare` wrote them."""
     text = (folder / "comparison.md").read_text().partition("## Missing runs")[0]

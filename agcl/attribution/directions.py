@@ -96,6 +96,10 @@ class InputMoments:
             sums[name] = sums[name] + moment if name in sums else moment
         return InputMoments(sums, self.transposed | other.transposed)
 
+    def normalised(self) -> "InputMoments":
+        """Each ``A`` divided by its trace: in a sum, what it comes from then counts as much as any other."""
+        return InputMoments({name: moment / moment.trace() for name, moment in self.sums.items()}, self.transposed)
+
     def maps(
         self, plasticity: float = 0.8, strength: float = 1.0, control: Control = "none", seed: int = 0
     ) -> dict[str, tuple[Tensor, bool]]:

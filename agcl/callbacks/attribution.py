@@ -20,6 +20,7 @@ from agcl.attribution.passes import Sample
 from agcl.callbacks.directions import Directions, DirectionsSoFar, directions_problem
 from agcl.callbacks.gathering import Gatherer
 from agcl.callbacks.importance_so_far import ImportanceSoFar, Place
+from agcl.callbacks.own_text import write_text
 from agcl.callbacks.single_task import InitialModel, check_single_task, gather_from_single_task
 from agcl.data.samples import resolve_seed
 from agcl.data.sequence import Regime
@@ -79,10 +80,11 @@ class AttributionCallback(Callback):
             mean without attribution, to compare with. Under ``directions``, ``shuffled`` takes random directions.
         directions: Gate weight matrices by direction: ``plasticity``, the mean share that a matrix may go of its way,
             the same for each task; ``every``, how many steps pass between two products with the gate's map;
-            ``weighted: false`` counts all inputs alike, a control. For estimators made of gradients, ``source:
-            running`` without ``reestimate``, in one process or under DDP. ``auto``: with the default of these options
-            where that is so and the selected parameters have a weight matrix, else as None: every weight is gated on
-            its own, as in the paper.
+            ``own_text``, how many pieces of text the model writes before the first task, so that what it could do then
+            is held as well; ``weighted: false`` counts all inputs alike, a control. For estimators made of gradients,
+            ``source: running`` without ``reestimate``, in one process or under DDP. ``auto``: with the default of
+            these options where that is so and the selected parameters have a weight matrix, else as None: every
+            weight is gated on its own, as in the paper.
         seed: Choice of the rows; permutation of the shuffled control; the data module's if left out.
 
     Raises:
@@ -236,7 +238,7 @@ class AttributionCallback(Callback):
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """On resuming: bring along the earlier tasks' files, make up for a task boundary, gate again."""
+        """Hold what the model can do. On resuming: bring along the tasks' files, make up for a task boundary."""
         self._so_far.bring_along(trainer, pl_module.model)
         check_importance(self.importance, pl_module.model.named_parameters())
         if self._directions:
@@ -245,6 +247,8 @@ class AttributionCallback(Callback):
         if completed:
             # From a checkpoint of an epoch's last batch, Lightning goes on without that epoch's end.
             self._pass_boundary(trainer, pl_module, completed - 1)
+        elif self._directions and self._directions.options.own_text:
+            self._hold_own_text(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """At a task's first batch (resuming, Lightning may leave out an epoch's start): let the estimator see it."""
@@ -266,6 +270,21 @@ class AttributionCallback(Callback):
     def _close_directions(self) -> None:
         if self._directions:
             self._directions.close()
+
+    def _hold_own_text(self, trainer: Trainer, pl_module: Any) -> None:
+        """Gate the first task by the directions of what the model writes by itself."""
+        assert self._directions is not None
+        options, seed = self._directions.options, resolve_seed(self.seed, trainer.datamodule)  # type: ignore[attr-defined]
+        if not self._directions.moments.sums:
+            start = time.perf_counter()
+            with trainer.precision_plugin.forward_context():
+                pieces = write_text(pl_module.model, pl_module.tokenizer, options.own_text, options.own_tokens, seed)
+                self._directions.learn(self._gatherer.text_evidence(trainer, pl_module, pieces))
+            rank_zero_info(
+                f"Before the first task: {len(pieces)} pieces of {options.own_tokens} tokens, which the model wrote "
+                f"itself, in {time.perf_counter() - start:.0f} s; what they rest on is held from the start."
+            )
+        self._directions.attach(self._optimizer(trainer), pl_module.model, seed, is_last=False)
 
     def _pass_boundary(self, trainer: Trainer, pl_module: Any, index: int) -> None:
         # On resuming, Lightning may run an epoch's end again, or never have run it: what is there is kept.

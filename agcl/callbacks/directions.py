@@ -23,6 +23,10 @@ class Directions:
         every: Optimizer steps from one product with the map to the next: few are slow where batches are small, with
             many, less of a new task is learned.
         weighted: Whether inputs count by how much the answers rest on them; if not, all alike, to compare with.
+        own_text: Pieces of text that the model writes before the first task, drawn from its own distribution. They
+            count as much as a task, so that what the model could do before is kept as well: already the first task is
+            learned under the gate. 0: none.
+        own_tokens: Tokens of each piece.
 
     Raises:
         AgclError: For other values.
@@ -31,12 +35,18 @@ class Directions:
     plasticity: float = 0.8
     every: int = 4
     weighted: bool = True
+    own_text: int = 16
+    own_tokens: int = 64
 
     def __post_init__(self) -> None:
         if not 0 < self.plasticity < 1:
             raise AgclError(f"`directions.plasticity` is {self.plasticity}; choose a number between 0 and 1.")
         if self.every < 1:
             raise AgclError(f"`directions.every` is {self.every}; choose 1 or more steps.")
+        if self.own_text < 0:
+            raise AgclError(f"`directions.own_text` is {self.own_text}; choose a number of pieces, or 0 for none.")
+        if self.own_tokens < 2:
+            raise AgclError(f"`directions.own_tokens` is {self.own_tokens}; choose 2 or more.")
 
 
 def directions_problem(estimator: type[Estimator], source: str, reestimate: int, strength: float) -> str | None:
@@ -66,7 +76,8 @@ class DirectionsSoFar:
 
     def __init__(self, options: Directions, estimator: PerSampleGradient, strength: float, control: Control) -> None:
         self.moments = InputMoments()
-        self._options, self._estimator, self._strength, self._control = options, estimator, strength, control
+        self.options = options
+        self._estimator, self._strength, self._control = estimator, strength, control
         self._transposed: dict[str, bool] = {}
         self._gate: DirectionalGate | None = None
         self._plasticity: dict[str, float] = {}
@@ -86,17 +97,18 @@ class DirectionsSoFar:
         return set(self.moments.sums)
 
     def learn(self, evidence: Evidence) -> None:
-        """Take in the task just learned; the model is the one that learned it."""
-        weighted = self._options.weighted
-        self.moments += input_moments(evidence, self._estimator, self._transposed, weighted=weighted)
+        """Take in what the model has just learned, which counts as much as anything before."""
+        weighted = self.options.weighted
+        found = input_moments(evidence, self._estimator, self._transposed, weighted=weighted)
+        self.moments += found.normalised()
 
     def attach(self, optimizer: torch.optim.Optimizer, model: nn.Module, seed: int, *, is_last: bool) -> None:
         """Gate what is learned from now on, which is nothing if the last task is learned: maps take a while to make."""
         self.detach()
-        self._plasticity = dict.fromkeys(self.moments.sums, self._options.plasticity)
+        self._plasticity = dict.fromkeys(self.moments.sums, self.options.plasticity)
         if self.moments.sums and not is_last:
-            maps = self.moments.maps(self._options.plasticity, self._strength, self._control, seed)
-            gate = DirectionalGate(model.named_parameters(), maps, self._options.every, **self._interrupted)
+            maps = self.moments.maps(self.options.plasticity, self._strength, self._control, seed)
+            gate = DirectionalGate(model.named_parameters(), maps, self.options.every, **self._interrupted)
             self._gate = gate.attach(optimizer)
         self._interrupted = {}
 

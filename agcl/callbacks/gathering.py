@@ -1,6 +1,6 @@
 """From a task that a model has learned to the task's importance, and what is noted beside it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -144,6 +144,18 @@ class Gatherer:
             per_sample=self.per_sample,
             config=self.config,
             **options,
+        )
+
+    def text_evidence(self, trainer: Trainer, pl_module: Any, pieces: Sequence[Sample]) -> Evidence:
+        """Text of no task, and the parameters."""
+        return Evidence(
+            pl_module.model,
+            self.names(pl_module.model),
+            pieces,
+            len(pieces),
+            batch_size=self.batch_size or trainer.datamodule.batch_size,  # type: ignore[attr-defined]
+            config=self.config,
+            only_correct=False,  # what was drawn is seldom the likeliest
         )
 
     def names(self, model: nn.Module) -> list[str]:

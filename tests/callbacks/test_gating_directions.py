@@ -5,14 +5,16 @@ import torch
 from helpers import EPOCHS, CrashAt, CrashError, WeightsAtBoundaries, attribution, build, trainer_for, weights
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
+from transformers import AutoModelForCausalLM
 
 from agcl.attribution.estimators import Wanda
 from agcl.callbacks import AttributionCallback, Directions
 from agcl.errors import AgclError
 
 
-def by_direction(plasticity=0.5, every=1, **options):
-    return attribution(directions=Directions(plasticity, every), **options)
+def by_direction(plasticity=0.5, every=1, own_text=0, **options):
+    directions = Directions(plasticity, every, own_text=own_text, own_tokens=16)
+    return attribution(directions=directions, **options)
 
 
 def fit(folder, files, run_dir, callback, **options):
@@ -51,20 +53,57 @@ def test_matrices_hardly_move_in_the_directions_that_the_first_task_needs(
         assert effect(second, name) < 0.1 * effect(shuffled, name), name
 
 
-def test_the_budget_is_the_same_for_each_task(llama_folder, task_files, tmp_path, knowing):
+def test_matrices_hardly_move_in_the_directions_of_what_the_model_wrote_itself(
+    llama_folder, task_files, tmp_path, knowing, monkeypatch
+):
+    callback = by_direction(0.2, every=2, own_text=8)
+    learn, moments = callback._directions.learn, {}
+
+    def keep(evidence):
+        learn(evidence)
+        if not moments:
+            assert evidence.num_used == 8  # though drawn tokens are not the likeliest
+            moments.update(callback._directions.moments.sums)
+
+    monkeypatch.setattr(callback._directions, "learn", keep)
+    start = AutoModelForCausalLM.from_pretrained(llama_folder).state_dict()
+    _, (held, *_) = fit(llama_folder, task_files, tmp_path / "held", callback)
+    _, (free, *_) = fit(llama_folder, task_files, tmp_path / "free", by_direction())
+
+    def effect(after, name):
+        moved = after[name] - start[name]
+        return float((moved @ moments[name] * moved).sum() / moved.square().sum())
+
+    assert len(moments) == 14
+    for name in moments:
+        # A random model's inputs point almost everywhere, so that the gate has little to choose between.
+        assert effect(held, name) < 0.7 * effect(free, name), name
+
+
+def test_each_task_counts_as_much_as_what_the_model_wrote_itself(llama_folder, task_files, tmp_path, knowing):
+    callback = by_direction(own_text=3)
+    fit(llama_folder, task_files, tmp_path, callback)
+    assert all(
+        moment.trace() == pytest.approx(1 + len(task_files)) for moment in callback._directions.moments.sums.values()
+    )
+
+
+@pytest.mark.parametrize("own_text", [0, 4])
+def test_the_budget_is_the_same_for_each_task(llama_folder, task_files, tmp_path, knowing, own_text):
     means = []
 
     class Mean(Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             plasticity = callback.plasticity()
             means.append({n: p for n, p in plasticity.items() if n.endswith("proj.weight")})
-            assert not plasticity or set(plasticity) == set(callback.importance)
+            assert trainer.current_epoch < EPOCHS or set(plasticity) == set(callback.importance)
 
-    callback = by_direction(0.7)
+    callback = by_direction(0.7, own_text=own_text)
     model, data = build(llama_folder, task_files)
     trainer_for(data, tmp_path, [callback, Mean()]).fit(model, datamodule=data)
-    assert means[0] == {}
-    for gated in (means[2 * EPOCHS], means[-1]):
+    if not own_text:
+        assert means[0] == {}  # nothing is to be kept yet
+    for gated in (means[0 if own_text else -1], means[2 * EPOCHS], means[-1]):
         assert len(gated) == 14
         assert all(mean == pytest.approx(0.7, abs=1e-3) for mean in gated.values())
     assert callback.plasticity() == {}  # no gate is left behind
@@ -85,17 +124,20 @@ def test_uniform_control_is_the_budget_in_every_direction(llama_folder, task_fil
     assert all(torch.allclose(held @ held.T, 0.4 * torch.eye(len(held)), atol=1e-3) for held in seen)
 
 
-@pytest.mark.parametrize("crash_at", [8, 9, 12])
-def test_resumed_run_equals_the_straight_one(llama_folder, task_files, tmp_path, knowing, crash_at):
-    straight, _ = fit(llama_folder, task_files, tmp_path / "straight", by_direction(every=2))
+@pytest.mark.parametrize(("crash_at", "own_text"), [(8, 0), (9, 0), (12, 0), (2, 3), (3, 3), (9, 3)])
+def test_resumed_run_equals_the_straight_one(llama_folder, task_files, tmp_path, knowing, crash_at, own_text):
+    def callback():
+        return by_direction(every=2, own_text=own_text)
+
+    straight, _ = fit(llama_folder, task_files, tmp_path / "straight", callback())
     model, data = build(llama_folder, task_files)
     saving = ModelCheckpoint(tmp_path / "kept", filename="{step}", every_n_train_steps=1, save_top_k=-1)
     with pytest.raises(CrashError):
-        trainer_for(
-            data, tmp_path / "killed", [by_direction(every=2), CrashAt(crash_at), saving], enable_checkpointing=True
-        ).fit(model, datamodule=data)
+        trainer_for(data, tmp_path / "killed", [callback(), CrashAt(crash_at), saving], enable_checkpointing=True).fit(
+            model, datamodule=data
+        )
     model, data = build(llama_folder, task_files)
-    trainer = trainer_for(data, tmp_path / "resumed", [by_direction(every=2)])
+    trainer = trainer_for(data, tmp_path / "resumed", [callback()])
     trainer.fit(model, datamodule=data, ckpt_path=tmp_path / "kept" / f"step={crash_at - 1}.ckpt")
     for name, parameter in weights(straight.model).items():
         assert torch.equal(parameter, weights(model.model)[name]), name
@@ -141,6 +183,8 @@ def test_bytes_are_counted(llama_folder, task_files, tmp_path, knowing):
     [
         (lambda: Directions(plasticity=1.0), "`directions.plasticity` is 1.0"),
         (lambda: Directions(every=0), "`directions.every` is 0"),
+        (lambda: Directions(own_text=-1), "`directions.own_text` is -1"),
+        (lambda: Directions(own_tokens=1), "`directions.own_tokens` is 1"),
         (lambda: by_direction(estimator=Wanda()), "the estimator Wanda does not take"),
         (lambda: by_direction(source="single_task"), "`directions` and `source: single_task` do not work together"),
         (lambda: by_direction(strength=0), "`strength: 0` is no gate"),

@@ -1,0 +1,53 @@
+"""Text that a model writes by itself: what it could do before the first task, with no data kept."""
+
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from agcl.attribution.lrp import evaluation_mode
+from agcl.attribution.passes import Sample
+
+
+def write_text(
+    model: Any, tokenizer: PreTrainedTokenizerBase, num_pieces: int, num_tokens: int, seed: int
+) -> list[Sample]:
+    """Pieces of text, drawn from the model's own distribution after the token that its inputs begin with.
+
+    Args:
+        model: The language model.
+        tokenizer: Its tokenizer; without a beginning-of-sequence token, its end-of-sequence token begins each piece.
+        num_pieces: How many.
+        num_tokens: Tokens of each, the first one included; at most the model's context.
+        seed: Of what is drawn. The global random state stays as it is.
+
+    Returns:
+        A sample for each piece: every token but the first is an answer.
+    """
+    begin = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    start = torch.full((num_pieces, 1), int(begin), device=model.device)
+    context = getattr(model.config, "max_position_embeddings", None) or num_tokens
+    written = min(num_tokens, context) - 1
+    devices = [model.device] if model.device.type == "cuda" else []
+    with evaluation_mode(model), torch.no_grad(), torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        pieces = model.generate(
+            input_ids=start,
+            attention_mask=torch.ones_like(start),
+            generation_config=GenerationConfig(
+                max_new_tokens=written,
+                min_new_tokens=written,
+                do_sample=True,
+                # What is left out here would come from the model's own generation settings.
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                num_beams=1,
+                repetition_penalty=1.0,
+                no_repeat_ngram_size=0,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            ),
+        )
+    places = torch.arange(written, device=model.device)
+    return [Sample(piece, places, piece[1:]) for piece in pieces]
