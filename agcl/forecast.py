@@ -30,7 +30,7 @@ attributed one by one; in batches they take about two thirds.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from agcl.errors import AgclError
@@ -143,6 +143,8 @@ class Settings:
         top_k: K.
         gradient_checkpointing: Whether activations are computed again in the backward pass.
         directions_every: Steps from one product with the maps of directions to the next.
+        own_text: Pieces of text that the model writes before the first task, where matrices are gated by direction.
+        own_tokens: Tokens of each.
     """
 
     precision: Precision = "bf16-mixed"
@@ -156,6 +158,8 @@ class Settings:
     top_k: int = 8
     gradient_checkpointing: bool = False
     directions_every: int = 1
+    own_text: int = 0
+    own_tokens: int = 64
 
     def __post_init__(self) -> None:
         for option, table in (("precision", _WEIGHT_BYTES), ("aggregation", _ATTRIBUTION_FACTOR)):
@@ -290,10 +294,14 @@ def _boundary(size: ModelSize, settings: Settings, work: Work) -> dict[str, int]
     if not settings.gate:
         return {}
     each = {"mean": 4, "blocks": 6, "exact": 2 * settings.top_k}[settings.aggregation]
-    rows = min(work.attributed_rows, work.samples)
+    passes = _activations(size, settings, min(work.attributed_rows, work.samples), work)
+    if size.products and settings.own_text:  # of which all tokens are answers
+        length = settings.own_tokens
+        own = replace(work, tokens=length, longest=length, answer_tokens=length)
+        passes = max(passes, _activations(size, settings, min(work.attributed_rows, settings.own_text), own))
     return {
         "scores": size.gated * each // settings.devices,  # each process has its rows, also under DDP
-        "passes": _activations(size, settings, rows, work) + _casts(size, settings),
+        "passes": passes + _casts(size, settings),
     }
 
 
@@ -329,6 +337,9 @@ def _seconds(size: ModelSize, settings: Settings, work: Work, machine: Machine) 
     seconds["gate"] = work.steps * share * _GATE_BYTES / machine.bandwidth
     if size.products:
         seconds["directions"] = work.steps * 2 * size.products / machine.flops[0] / settings.directions_every
+    if size.products and settings.own_text:  # written token by token, all pieces together, then attributed
+        token = max(settings.own_text * 2 * size.weights / flops, shortest / 3)  # forward alone
+        seconds["own text"] = settings.own_tokens * (token + settings.own_text * each_token)
     seconds["attribution"] = work.num_tasks * math.ceil(work.samples / settings.devices) * row
     # Each process sorts all tensors, one after the other.
     seconds["normalising importance"] = work.num_tasks * size.gated * _NORMALISING_SECONDS

@@ -232,6 +232,8 @@ def read_settings(config: Any, machine: Machine) -> Settings:
         aggregation="mean" if top_k is None else importance.get("top_k_method", "blocks"),
         top_k=top_k or 1,
         directions_every=_directions(callback).every,
+        own_text=_directions(callback).own_text,
+        own_tokens=_directions(callback).own_tokens,
     )
 
 

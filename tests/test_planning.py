@@ -49,7 +49,7 @@ def test_only_named_parameters_count_as_gated(llama_folder, task_files, tmp_path
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_directions_are_forecast_from_the_shapes_of_the_matrices(request, task_files, tmp_path, family):
-    options = {"directions": {"plasticity": 0.5, "every": 4}}
+    options = {"directions": {"plasticity": 0.5, "every": 4, "own_text": 500, "own_tokens": 32}}
     callbacks = [{"class_path": "agcl.AttributionCallback", "init_args": options}]
     folder = request.getfixturevalue(f"{family}_folder")
     config = configuration(write_config(folder, task_files, tmp_path, trainer__callbacks=callbacks))
@@ -62,7 +62,10 @@ def test_directions_are_forecast_from_the_shapes_of_the_matrices(request, task_f
     found = forecast(size, planning.read_settings(config, MACHINES["cpu"]), Work(2, 100), MACHINES["cpu"])
     assert found.kept["directions"] == 8 * size.squares + 4 * size.matrices
     products = 2 * sum(i * i * o for i, o in block)
-    assert found.seconds["directions"] == pytest.approx(100 / 4 * 2 * products / MACHINES["cpu"].flops[0])
+    flops = MACHINES["cpu"].flops[0]
+    assert found.seconds["directions"] == pytest.approx(100 / 4 * 2 * products / flops)
+    # Each token is computed once to be written, and once, with its gradients, to be attributed.
+    assert found.seconds["own text"] == pytest.approx(500 * 32 * (2 + 6) * size.weights / flops)
 
 
 @pytest.mark.parametrize(

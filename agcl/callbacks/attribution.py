@@ -20,7 +20,8 @@ from agcl.attribution.passes import Sample
 from agcl.callbacks.directions import Directions, DirectionsSoFar, directions_problem
 from agcl.callbacks.gathering import Gatherer
 from agcl.callbacks.importance_so_far import ImportanceSoFar, Place
-from agcl.callbacks.own_text import write_text
+from agcl.callbacks.own_text import text_samples, write_text
+from agcl.callbacks.progress import activity
 from agcl.callbacks.single_task import InitialModel, check_single_task, gather_from_single_task
 from agcl.data.samples import resolve_seed
 from agcl.data.sequence import Regime
@@ -277,11 +278,14 @@ class AttributionCallback(Callback):
         options, seed = self._directions.options, resolve_seed(self.seed, trainer.datamodule)  # type: ignore[attr-defined]
         if not self._directions.moments.sums:
             start = time.perf_counter()
-            with trainer.precision_plugin.forward_context():
+            shown = activity(trainer, "Attribution of what the model writes itself", options.own_text, "pieces")
+            with shown as advance, trainer.precision_plugin.forward_context():
                 pieces = write_text(pl_module.model, pl_module.tokenizer, options.own_text, options.own_tokens, seed)
-                self._directions.learn(self._gatherer.text_evidence(trainer, pl_module, pieces))
+                pieces = trainer.strategy.broadcast(pieces)  # drawn by one process: rounding may decide what is drawn
+                samples = text_samples(pieces.to(pl_module.device))
+                self._directions.learn(self._gatherer.text_evidence(trainer, pl_module, samples, advance))
             rank_zero_info(
-                f"Before the first task: {len(pieces)} pieces of {options.own_tokens} tokens, which the model wrote "
+                f"Before the first task: {len(pieces)} pieces of {pieces.shape[1]} tokens, which the model wrote "
                 f"itself, in {time.perf_counter() - start:.0f} s; what they rest on is held from the start."
             )
         self._directions.attach(self._optimizer(trainer), pl_module.model, seed, is_last=False)

@@ -1,6 +1,6 @@
 """From a task that a model has learned to the task's importance, and what is noted beside it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -146,7 +146,9 @@ class Gatherer:
             **options,
         )
 
-    def text_evidence(self, trainer: Trainer, pl_module: Any, pieces: Sequence[Sample]) -> Evidence:
+    def text_evidence(
+        self, trainer: Trainer, pl_module: Any, pieces: Sequence[Sample], on_progress: Callable[[int], None]
+    ) -> Evidence:
         """Text of no task, and the parameters."""
         return Evidence(
             pl_module.model,
@@ -156,6 +158,7 @@ class Gatherer:
             batch_size=self.batch_size or trainer.datamodule.batch_size,  # type: ignore[attr-defined]
             config=self.config,
             only_correct=False,  # what was drawn is seldom the likeliest
+            on_progress=on_progress,
         )
 
     def names(self, model: nn.Module) -> list[str]:

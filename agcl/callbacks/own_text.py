@@ -3,15 +3,14 @@
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from agcl.attribution.lrp import evaluation_mode
 from agcl.attribution.passes import Sample
 
 
-def write_text(
-    model: Any, tokenizer: PreTrainedTokenizerBase, num_pieces: int, num_tokens: int, seed: int
-) -> list[Sample]:
+def write_text(model: Any, tokenizer: PreTrainedTokenizerBase, num_pieces: int, num_tokens: int, seed: int) -> Tensor:
     """Pieces of text, drawn from the model's own distribution after the token that its inputs begin with.
 
     Args:
@@ -22,7 +21,7 @@ def write_text(
         seed: Of what is drawn. The global random state stays as it is.
 
     Returns:
-        A sample for each piece: every token but the first is an answer.
+        Token ids, int64, shape ``(num_pieces, num_tokens)``, on the model's device.
     """
     begin = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     start = torch.full((num_pieces, 1), int(begin), device=model.device)
@@ -31,7 +30,7 @@ def write_text(
     devices = [model.device] if model.device.type == "cuda" else []
     with evaluation_mode(model), torch.no_grad(), torch.random.fork_rng(devices):
         torch.manual_seed(seed)
-        pieces = model.generate(
+        return model.generate(
             input_ids=start,
             attention_mask=torch.ones_like(start),
             generation_config=GenerationConfig(
@@ -49,5 +48,9 @@ def write_text(
                 pad_token_id=tokenizer.pad_token_id,
             ),
         )
-    places = torch.arange(written, device=model.device)
+
+
+def text_samples(pieces: Tensor) -> list[Sample]:
+    """A sample for each piece of text, shape ``(num_pieces, num_tokens)``: every token but the first is an answer."""
+    places = torch.arange(pieces.shape[1] - 1, device=pieces.device)
     return [Sample(piece, places, piece[1:]) for piece in pieces]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from agcl.callbacks.own_text import write_text
+from agcl.callbacks.own_text import text_samples, write_text
 
 PIECES, TOKENS = 6, 12
 
@@ -15,17 +15,14 @@ def writer(gpt2_folder):
     return AutoModelForCausalLM.from_pretrained(gpt2_folder).train(), AutoTokenizer.from_pretrained(gpt2_folder)
 
 
-def ids(samples):
-    return torch.stack([sample.input_ids for sample in samples])
-
-
 def test_every_token_but_the_first_is_an_answer(writer):
     model, tokenizer = writer
-    samples = write_text(model, tokenizer, PIECES, TOKENS, seed=0)
-    assert ids(samples).shape == (PIECES, TOKENS)
-    assert (ids(samples)[:, 0] == tokenizer.eos_token_id).all()
-    for sample in samples:
+    pieces = write_text(model, tokenizer, PIECES, TOKENS, seed=0)
+    assert pieces.shape == (PIECES, TOKENS)
+    assert (pieces[:, 0] == tokenizer.eos_token_id).all()
+    for piece, sample in zip(pieces, text_samples(pieces), strict=True):
         sample.check()
+        assert torch.equal(sample.input_ids, piece)
         assert sample.positions.tolist() == list(range(TOKENS - 1))
         assert torch.equal(sample.targets, sample.input_ids[1:])
 
@@ -34,11 +31,11 @@ def test_only_the_seed_decides(writer):
     model, tokenizer = writer
     torch.manual_seed(5)
     state = torch.random.get_rng_state()
-    first = ids(write_text(model, tokenizer, PIECES, TOKENS, seed=1))
+    first = write_text(model, tokenizer, PIECES, TOKENS, seed=1)
     assert torch.equal(torch.random.get_rng_state(), state)
     torch.rand(3)
-    assert torch.equal(ids(write_text(model, tokenizer, PIECES, TOKENS, seed=1)), first)
-    assert not torch.equal(ids(write_text(model, tokenizer, PIECES, TOKENS, seed=2)), first)
+    assert torch.equal(write_text(model, tokenizer, PIECES, TOKENS, seed=1), first)
+    assert not torch.equal(write_text(model, tokenizer, PIECES, TOKENS, seed=2), first)
     assert all(module.training for module in model.modules())
 
 
@@ -50,7 +47,7 @@ def test_it_is_drawn_from_the_models_own_distribution(writer):
     with torch.no_grad():
         expected = model.eval()(begin).logits[0, -1].softmax(-1)
     expected[tokenizer.eos_token_id] = 0  # which would end a piece
-    drawn = ids(write_text(model, tokenizer, 4000, 2, seed=0))[:, 1]
+    drawn = write_text(model, tokenizer, 4000, 2, seed=0)[:, 1]
     found = torch.bincount(drawn, minlength=len(expected)) / len(drawn)
     deviation = (expected * (1 - expected) / len(drawn)).sqrt()
     assert ((found - expected / expected.sum()).abs() < 5 * deviation + 1e-6).all()
@@ -58,4 +55,4 @@ def test_it_is_drawn_from_the_models_own_distribution(writer):
 
 def test_pieces_fit_into_the_context(writer):
     model, tokenizer = writer
-    assert ids(write_text(model, tokenizer, 2, 1000, seed=0)).shape == (2, model.config.max_position_embeddings)
+    assert write_text(model, tokenizer, 2, 1000, seed=0).shape == (2, model.config.max_position_embeddings)
