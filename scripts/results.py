@@ -92,6 +92,16 @@ def gates() -> str:
     return _table(header[:width], [row + ("",) * (width - len(row)) for row in rows])
 
 
+def pairs() -> str:
+    """Rows of `benchmarks/pairs.py`."""
+    rows: list[Row] = []
+    for line in (RAW / "pairs.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        cells = [f"{known:.2f} / {loss:.4f}" for known, loss in (row["welsh"], row["finnish"])]
+        rows.append((row["kind"], row["objective"], f"{row['plasticity']:g}", *cells))
+    return _table(("what is held", "gradient of", "plasticity", "Welsh", "Finnish"), rows)
+
+
 def _scores(folder: Path, seed: int) -> dict[str, dict[str, float]] | None:
     files = sorted(folder.glob(f"seed-{seed}-*/scores.json"))
     return json.loads(files[0].read_text()) if files else None
