@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.figure import Figure
-from torch import Tensor
+from torch import Tensor, nn
 
 from agcl.attribution.levels import dequantise
 from agcl.blocks import layer_of, mean_by_layer
@@ -77,7 +77,7 @@ class ContinualMonitor(Callback):
     def _log(self, trainer: Trainer, pl_module: Any, task: str) -> None:
         scores = pl_module.score_matrices[SCORE].compute()  # on all ranks
         attribution = next((c for c in trainer.callbacks if isinstance(c, AttributionCallback)), None)  # type: ignore[attr-defined]
-        plasticity = layer_plasticity(attribution) if attribution else {}
+        plasticity = layer_plasticity(attribution, pl_module.model) if attribution else {}
         self._plasticity[task] = plasticity
         for logger in trainer.loggers:
             if plasticity:
@@ -145,10 +145,10 @@ def tag(layer: str) -> str:
     return layer.replace(" ", "_")
 
 
-def layer_plasticity(attribution: AttributionCallback) -> dict[str, float]:
+def layer_plasticity(attribution: AttributionCallback, model: nn.Module) -> dict[str, float]:
     """Mean remaining plasticity of the weights of each layer, in [0, 1]."""
-    importance = attribution.importance
-    means = {name: (mean, importance[name].numel()) for name, mean in attribution.plasticity().items()}
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    means = {name: (mean, sizes[name]) for name, mean in attribution.plasticity().items()}
     return {layer: mean for layer, (mean, _) in mean_by_layer(means).items()}
 
 
