@@ -54,7 +54,8 @@ def _comparison(folder: Path) -> str:
     """A comparison's own tables, as `agcl compare` wrote them, without the methods that it has no run of yet."""
     text = (folder / "comparison.md").read_text().partition("## Missing runs")[0]
     for method in re.findall(r"^\| ([\w.]+) \|(?: - \|)+$", text, flags=re.MULTILINE):
-        text = re.sub(rf"^(\| {method} \||- {method}:).*\n", "", text, flags=re.MULTILINE)
+        if not re.search(rf"^\| {method} \| \S+=.* \d\.\d+ \|", text, flags=re.MULTILINE):  # nor a trial
+            text = re.sub(rf"^(\| {method} \||- {method}:).*\n", "", text, flags=re.MULTILINE)
     text = text.replace("(stability", f"({folder.relative_to(ROOT)}/stability")
     return re.sub(r"^#", "###", text, flags=re.MULTILINE).strip()
 
