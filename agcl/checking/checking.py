@@ -4,7 +4,7 @@ import logging
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -256,7 +256,8 @@ def _forecast(found: Check, config: Any, model: Any) -> None:
             samples=(options or {}).get("num_samples", 16),
             attributed_rows=(options or {}).get("batch_size") or batch_size,
         )
-        each.forecast = forecast(found.size, found.settings, work, found.machine)
+        settings = replace(found.settings, own_text=0) if number else found.settings  # written before the first alone
+        each.forecast = forecast(found.size, settings, work, found.machine)
 
 
 def _plasticity(found: Check, config: Any, model: Any) -> None:

@@ -113,7 +113,9 @@ def _labels_text(each: TaskCheck) -> str:
 def _plasticity_text(found: Check, number: int) -> str:
     each = found.tasks[number - 1]
     if number == 1:
-        return "1, there is no earlier task"
+        holds_own_text = found.settings and found.settings.own_text and found.size and found.size.products
+        budget = ", but the budget for matrices, which hold what the model writes itself" if holds_own_text else ""
+        return f"1, there is no earlier task{budget}"
     missing = [other.task.name for other in found.tasks[: number - 1] if other.task.name not in each.earlier]
     if not each.plasticity:
         return f"not known: there is no importance of {', '.join(missing)} ({found.origin})"
