@@ -253,6 +253,8 @@ class AttributionCallback(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """At a task's first batch (resuming, Lightning may leave out an epoch's start): let the estimator see it."""
+        if batch_idx == 0:  # resuming after an epoch's last batch, Lightning leaves out its end
+            self._close_directions()
         if self._task_begun != pl_module.task_index:
             self._task_begun = pl_module.task_index
             if self.source == "running":
@@ -293,6 +295,9 @@ class AttributionCallback(Callback):
     def _pass_boundary(self, trainer: Trainer, pl_module: Any, index: int) -> None:
         # On resuming, Lightning may run an epoch's end again, or never have run it: what is there is kept.
         if self.num_boundaries <= index:
+            if self._directions:
+                seed = resolve_seed(self.seed, trainer.datamodule)  # type: ignore[attr-defined]
+                self._directions.make_up(self._optimizer(trainer), pl_module.model, seed)
             if self.reestimate:
                 self._reestimate(trainer, pl_module, index)
             self._learn_importance(trainer, pl_module, index)

@@ -112,6 +112,12 @@ class DirectionsSoFar:
             self._gate = gate.attach(optimizer)
         self._interrupted = {}
 
+    def make_up(self, optimizer: torch.optim.Optimizer, model: nn.Module, seed: int) -> None:
+        """Before anything new is learned: map what had moved since the last product when a checkpoint was written."""
+        if self._interrupted.get("num_steps"):
+            self.attach(optimizer, model, seed, is_last=False)
+            self.detach()
+
     def close(self) -> None:
         """Before weights are read for good."""
         if self._gate is not None:

@@ -11,6 +11,7 @@ import pytest
 from agcl import forecast
 
 ROOT = Path(__file__).parents[2]
+HELD = 8 * 1024  # bytes; a task's importance, which must not stay in memory, takes ten times as much
 
 
 def load(name):
@@ -24,8 +25,8 @@ def test_later_tasks_hold_no_more_than_the_second(knowing):
     watch = load("soak").soak(num_tasks=3, epochs=1)
     second, last = watch.counts[1], watch.counts[-1]
     assert second["hooks"] > watch.counts[0]["hooks"]  # the gate's, which the count therefore sees
-    # Lightning keeps the scalars that were logged under each task's name.
-    allowed = {"hooks": 0, "open files": 0, "bytes of tensors": 1024}
+    # Lightning keeps the scalars that were logged under each task's name; a few directions more or less are held.
+    allowed = {"hooks": 0, "open files": 0, "bytes of tensors": 1024 + HELD}
     for what, growth in allowed.items():
         assert last[what] <= second[what] + growth, (what, [counts[what] for counts in watch.counts])
 
@@ -50,7 +51,7 @@ def test_fifteen_tasks_take_the_memory_of_two_and_a_boundary_no_longer(knowing):
     watch = load("soak").soak(num_tasks=15, epochs=2)
     second, last = watch.counts[1], watch.counts[-1]
     assert last["resident memory"] <= 1.05 * second["resident memory"]
-    assert last["bytes of tensors"] <= second["bytes of tensors"] + 13 * 1024
+    assert last["bytes of tensors"] <= second["bytes of tensors"] + 13 * 1024 + HELD
     assert last["hooks"] == second["hooks"]
     assert last["open files"] <= second["open files"]
     assert statistics.median(watch.boundary[-5:]) <= 1.15 * statistics.median(watch.boundary[1:6])
