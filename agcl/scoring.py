@@ -135,21 +135,24 @@ def generate_answers(
     output = model.generate(
         input_ids=input_ids,
         attention_mask=batch["attention_mask"].to(model.device),
-        generation_config=GenerationConfig(
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            # What is left out here would come from the model's own generation settings.
-            num_beams=1,
-            repetition_penalty=1.0,
-            no_repeat_ngram_size=0,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        ),
+        generation_config=plain_generation(tokenizer, max_new_tokens=max_new_tokens, do_sample=False),
         stopping_criteria=criteria,
         synced_gpus=is_sharded,  # processes need each other for every token
     )
     texts = tokenizer.batch_decode(output[:, input_ids.shape[1] :], skip_special_tokens=True)
     return [text.strip() for text in texts]
+
+
+def plain_generation(tokenizer: PreTrainedTokenizerBase, **settings: Any) -> GenerationConfig:
+    """Settings for ``generate``; what was left out of them would come from the model's own."""
+    return GenerationConfig(
+        num_beams=1,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **settings,
+    )
 
 
 def _any_process(flag: bool, model: Any, is_sharded: bool) -> bool:

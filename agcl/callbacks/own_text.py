@@ -4,10 +4,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from agcl.attribution.lrp import evaluation_mode
 from agcl.attribution.passes import Sample
+from agcl.scoring import plain_generation
 
 
 def write_text(model: Any, tokenizer: PreTrainedTokenizerBase, num_pieces: int, num_tokens: int, seed: int) -> Tensor:
@@ -33,19 +34,14 @@ def write_text(model: Any, tokenizer: PreTrainedTokenizerBase, num_pieces: int, 
         return model.generate(
             input_ids=start,
             attention_mask=torch.ones_like(start),
-            generation_config=GenerationConfig(
+            generation_config=plain_generation(
+                tokenizer,
                 max_new_tokens=written,
                 min_new_tokens=written,
                 do_sample=True,
-                # What is left out here would come from the model's own generation settings.
                 temperature=1.0,
                 top_k=0,
                 top_p=1.0,
-                num_beams=1,
-                repetition_penalty=1.0,
-                no_repeat_ngram_size=0,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
             ),
         )
 
