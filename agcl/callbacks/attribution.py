@@ -277,7 +277,7 @@ class AttributionCallback(Callback):
     def _hold_own_text(self, trainer: Trainer, pl_module: Any) -> None:
         """Gate the first task by the directions of what the model writes by itself."""
         assert self._directions is not None
-        options, seed = self._directions.options, resolve_seed(self.seed, trainer.datamodule)  # type: ignore[attr-defined]
+        options, seed = self._directions.options, self._resolved_seed(trainer)
         if not self._directions.moments.sums:
             start = time.perf_counter()
             shown = activity(trainer, "Attribution of what the model writes itself", options.own_text, "pieces")
@@ -296,8 +296,7 @@ class AttributionCallback(Callback):
         # On resuming, Lightning may run an epoch's end again, or never have run it: what is there is kept.
         if self.num_boundaries <= index:
             if self._directions:
-                seed = resolve_seed(self.seed, trainer.datamodule)  # type: ignore[attr-defined]
-                self._directions.make_up(self._optimizer(trainer), pl_module.model, seed)
+                self._directions.make_up(self._optimizer(trainer), pl_module.model, self._resolved_seed(trainer))
             if self.reestimate:
                 self._reestimate(trainer, pl_module, index)
             self._learn_importance(trainer, pl_module, index)
@@ -407,7 +406,7 @@ class AttributionCallback(Callback):
 
     def _attach_gate(self, trainer: Trainer, pl_module: Any, *, is_last: bool) -> None:
         self._detach_gate()
-        seed = resolve_seed(self.seed, trainer.datamodule)  # type: ignore[attr-defined]
+        seed = self._resolved_seed(trainer)
         importance, is_sharded = self.importance, has_shards(pl_module.model)
         if self.control == "shuffled":
             importance = shuffled(importance, seed)
@@ -438,6 +437,9 @@ class AttributionCallback(Callback):
         """Mean remaining plasticity of each gated parameter, in [0, 1]; empty before the first task boundary."""
         by_entry = {} if self._attached is None else self._attached.plasticity()
         return by_entry | (self._directions.plasticity() if self._directions else {})
+
+    def _resolved_seed(self, trainer: Trainer) -> int:
+        return resolve_seed(self.seed, trainer.datamodule)  # type: ignore[attr-defined]
 
     @staticmethod
     def _optimizer(trainer: Trainer) -> torch.optim.Optimizer:
