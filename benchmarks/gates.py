@@ -184,8 +184,8 @@ def run(options):
     old, directions = {}, None
     if options.kind == "directions":
         control = "shuffled" if options.shuffled else "none"
-        settings = Directions(options.plasticity, every=options.every, weighted=not options.unweighted)
-        directions = DirectionsSoFar(settings, SCORES[options.score](), 1.0, control)
+        settings = Directions(options.plasticity, options.sharpness, options.every, not options.unweighted)
+        directions = DirectionsSoFar(settings, SCORES[options.score](), control)
         evidence = evidence_of(model, rows[languages[0]], 1)
         directions.find(model, evidence.parameters, next(iter(evidence.samples)))
     matrix = [[evaluate(model, rows[language]) for language in languages]]
@@ -219,6 +219,7 @@ def run(options):
         "tasks",
         "shuffled",
         "plasticity",
+        "sharpness",
         "every",
         "unweighted",
     )
@@ -238,6 +239,7 @@ def main():
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--tasks", type=int, choices=(2, 3, 4), default=2)
     parser.add_argument("--plasticity", type=float, default=0.8, help="of `directions`")
+    parser.add_argument("--sharpness", type=float, default=4.0, help="of `directions`")
     parser.add_argument("--every", type=int, default=4, help="steps between two products of `directions`")
     parser.add_argument("--unweighted", action="store_true", help="`directions` that count all inputs alike")
     parser.add_argument("--shuffled", action="store_true")

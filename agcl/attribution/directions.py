@@ -15,6 +15,7 @@ Intelligence 2019, arXiv 1810.01256), gradient projection memory (Saha et al., I
 (Wang et al., CVPR 2021, arXiv 2103.07113). They count all inputs alike, and the latter two close directions wholly.
 """
 
+import math
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -41,6 +42,7 @@ from agcl.errors import AgclError
 
 _ROUNDING = 1e-12  # of a squared gradient
 _FREE = 1 / 255  # of a step held back, as little as 8 bits of importance can say of an entry
+_LEAST = 2.0**-20  # of the largest eigenvalue: below are rounding errors
 Control = Literal["none", "shuffled", "flattened"]
 OnUse = Callable[[str, Use, Tensor], None]
 
@@ -101,13 +103,13 @@ class InputMoments:
         return InputMoments({name: moment / moment.trace() for name, moment in self.sums.items()}, self.transposed)
 
     def maps(
-        self, plasticity: float = 0.8, strength: float = 1.0, control: Control = "none", seed: int = 0
+        self, plasticity: float = 0.8, sharpness: float = 4.0, control: Control = "none", seed: int = 0
     ) -> dict[str, tuple[Tensor, bool]]:
         """How far each matrix may move in which direction, for :class:`agcl.gating.DirectionalGate`.
 
         Args:
-            plasticity: Mean share over the directions of a matrix, in (0, 1); the same however many tasks there were.
-            strength: Exponent > 0 of the shares: how sharply they part important directions from others.
+            plasticity: See :func:`shares_kept`; the same however many tasks there were.
+            sharpness: The same.
             control: ``"shuffled"``: the same shares in random directions; ``"flattened"``: their mean in all of them.
             seed: Of the random directions.
 
@@ -116,15 +118,15 @@ class InputMoments:
             ``P = I - V V^T``. Directions that may go more than 254/255 of their way are left out.
 
         Raises:
-            AgclError: For another plasticity or strength.
+            AgclError: For another plasticity or sharpness.
         """
         if not 0 < plasticity < 1:
             raise AgclError(f"`plasticity` is {plasticity}; choose a number between 0 and 1.")
-        if not strength > 0:
-            raise AgclError(f"`strength` is {strength}; for a gate on directions choose a number above 0.")
+        if not 0 < sharpness < math.inf:
+            raise AgclError(f"`sharpness` is {sharpness}; choose a finite number above 0.")
         found = {}
         for name, moment in self.sums.items():
-            shares, directions = shares_kept(moment, plasticity, strength)
+            shares, directions = shares_kept(moment, plasticity, sharpness)
             held = 1 - shares
             if control == "flattened":
                 held, directions = held.mean().expand(len(held)), torch.eye(len(held), device=held.device)
@@ -195,13 +197,16 @@ def _run(
     return logits, uses.roots
 
 
-def shares_kept(moment: Tensor, plasticity: float, strength: float = 1.0) -> tuple[Tensor, Tensor]:
-    """How far weights may move in each direction: ``p_i = (c / (c + a_i)) ** strength``, ``a_i`` eigenvalues of ``A``.
+def shares_kept(moment: Tensor, plasticity: float, sharpness: float = 4.0) -> tuple[Tensor, Tensor]:
+    """How far weights may move in each direction: ``p_i = 1 / (1 + (a_i / c) ** sharpness)``, ``a_i`` eigenvalues of ``A``.
 
     Args:
         moment: ``A``, shape (in, in), symmetric, positive semi-definite, not all zero.
-        plasticity: Mean of ``p``, which decides ``c``; in (0, 1).
-        strength: Above 0.
+        plasticity: Mean of ``p``, which decides ``c``; in (0, 1). The mean is larger where more directions than that are
+            not used at all.
+        sharpness: Above 0: how sharply the shares part directions that matter more than ``c`` from those that matter
+            less. At 1 most directions are held back a little, at 4 few lie between free and held: the same budget then
+            protects more, and less is to be multiplied with.
 
     Returns:
         ``p``, shape (in,), float32, in (0, 1], the most important direction last; the directions, columns of a
@@ -210,13 +215,15 @@ def shares_kept(moment: Tensor, plasticity: float, strength: float = 1.0) -> tup
     importance, directions = torch.linalg.eigh(moment.float())
     importance = importance.cpu().double().clamp_(min=0)  # a few numbers, asked many times: no device to wait for
     importance /= importance.max()
-    low, high = -200.0, 200.0  # of log2 c
+
+    def shares(log_c: float) -> Tensor:
+        return 1 / (1 + (importance / 2.0**log_c) ** sharpness)
+
+    low, high = math.log2(_LEAST), 200.0
     for _ in range(64):
         middle = (low + high) / 2
-        c = 2.0**middle
-        if float(((c / (c + importance)) ** strength).mean()) < plasticity:
+        if float(shares(middle).mean()) < plasticity:
             low = middle
         else:
             high = middle
-    c = 2.0**high
-    return ((c / (c + importance)) ** strength).to(directions), directions
+    return shares(high).to(directions), directions

@@ -74,13 +74,13 @@ class AttributionCallback(Callback):
             over at each step, which takes time.
         merge: Over tasks: ``maximum`` (the paper), ``mean`` or ``probabilistic_or``.
         reestimate: Training rows kept of each old task to re-estimate its importance; 0 keeps none.
-        strength: Exponent of the plasticity; 1 is the paper's linear gate, 0 no gate. Under ``directions`` it only
-            shapes the shares, above 0, since their mean is the budget.
+        strength: Exponent of the plasticity; 1 is the paper's linear gate, 0 no gate. Under ``directions`` it is of what
+            is gated entry by entry.
         parameters: Regular expression; only parameters whose name it is found in are attributed and gated.
         control: ``shuffled`` permutes the importance within each tensor, ``flattened`` makes it uniform: gates of equal
             mean without attribution, to compare with. Under ``directions``, ``shuffled`` takes random directions.
         directions: Gate weight matrices by direction: ``plasticity``, the mean share that a matrix may go of its way,
-            the same for each task; ``every``, how many steps pass between two products with the gate's map;
+            the same for each task; ``sharpness`` of the shares; ``every``, how many steps pass between two products with the gate's map;
             ``own_text``, how many pieces of text the model writes before the first task, so that what it could do then
             is held as well; ``weighted: false`` counts all inputs alike, a control. For estimators made of gradients,
             ``source: running`` without ``reestimate``, in one process or under DDP. ``auto``: with the default of
@@ -136,7 +136,7 @@ class AttributionCallback(Callback):
             problem = directions_problem(type(estimator), source, reestimate, strength)
             if problem is None:
                 chosen = Directions() if isinstance(directions, str) else directions
-                self._directions = DirectionsSoFar(chosen, cast(PerSampleGradient, estimator), strength, control)
+                self._directions = DirectionsSoFar(chosen, cast(PerSampleGradient, estimator), control)
             elif not self._is_auto:
                 raise AgclError(problem)
         self._so_far = ImportanceSoFar(merge, importance_bits, importance_on, needs_files=reestimate > 0)

@@ -1,5 +1,6 @@
 """What a run knows of the directions that its tasks need, and the gate made from it."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,8 @@ class Directions:
     Attributes:
         plasticity: Mean share of its way that a matrix may go, over all directions of its inputs, in (0, 1). The
             budget is the same for each task, so that nothing saturates; a smaller one wants a higher learning rate.
+        sharpness: How sharply the shares part important directions from others, above 0; see
+            :func:`agcl.attribution.directions.shares_kept`.
         every: Optimizer steps from one product with the map to the next: few are slow where batches are small, with
             many, less of a new task is learned.
         weighted: Whether inputs count by how much the answers rest on them; if not, all alike, to compare with.
@@ -33,6 +36,7 @@ class Directions:
     """
 
     plasticity: float = 0.8
+    sharpness: float = 4.0
     every: int = 4
     weighted: bool = True
     own_text: int = 16
@@ -41,6 +45,8 @@ class Directions:
     def __post_init__(self) -> None:
         if not 0 < self.plasticity < 1:
             raise AgclError(f"`directions.plasticity` is {self.plasticity}; choose a number between 0 and 1.")
+        if not 0 < self.sharpness < math.inf:
+            raise AgclError(f"`directions.sharpness` is {self.sharpness}; choose a finite number above 0.")
         if self.every < 1:
             raise AgclError(f"`directions.every` is {self.every}; choose 1 or more steps.")
         if self.own_text < 0:
@@ -70,14 +76,13 @@ class DirectionsSoFar:
     Args:
         options: See :class:`Directions`.
         estimator: Whose rules and objective weight the inputs.
-        strength: See :meth:`InputMoments.maps`, as of the next.
-        control: The same.
+        control: See :meth:`InputMoments.maps`.
     """
 
-    def __init__(self, options: Directions, estimator: PerSampleGradient, strength: float, control: Control) -> None:
+    def __init__(self, options: Directions, estimator: PerSampleGradient, control: Control) -> None:
         self.moments = InputMoments()
         self.options = options
-        self._estimator, self._strength, self._control = estimator, strength, control
+        self._estimator, self._control = estimator, control
         self._transposed: dict[str, bool] = {}
         self._gate: DirectionalGate | None = None
         self._plasticity: dict[str, float] = {}
@@ -107,9 +112,10 @@ class DirectionsSoFar:
         self.detach()
         self._plasticity = dict.fromkeys(self.moments.sums, self.options.plasticity)
         if self.moments.sums and not is_last:
-            maps = self.moments.maps(self.options.plasticity, self._strength, self._control, seed)
+            maps = self.moments.maps(self.options.plasticity, self.options.sharpness, self._control, seed)
             gate = DirectionalGate(model.named_parameters(), maps, self.options.every, **self._interrupted)
             self._gate = gate.attach(optimizer)
+            self._plasticity = gate.plasticity()  # more than the budget, where more directions than that are not used
         self._interrupted = {}
 
     def make_up(self, optimizer: torch.optim.Optimizer, model: nn.Module, seed: int) -> None:

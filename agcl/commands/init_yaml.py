@@ -39,7 +39,7 @@ trainer:
           quantile: 0.1  # of embeddings, norms, biases: lower protects more
         # Of weight matrices: less plasticity protects more; own_text, which the model writes first, keeps what it could
         # do before; null: less memory, but less protection, too.
-        directions: {{plasticity: 0.8, every: 4, own_text: 16}}
+        directions: {{plasticity: 0.8, sharpness: 4.0, every: 4, own_text: 16}}
 model:
   model_name_or_path: {model}  # a hub name, a local folder, or builtin:NAME
   # adapter: {{peft_type: LORA, r: 16, target_modules: all-linear}}  # train a small adapter in place of all weights
