@@ -47,6 +47,7 @@ def run_record(run: Run) -> Record:
         "state": state.get("state", "missing"),
         "error": state.get("error"),
         "tasks": None if results is None else results["tasks"],
+        "device": None if results is None else results.get("environment", {}).get("device"),
         "metrics": metrics,
         "general_forgetting_standard_error": ability.get("standard_error"),
     }

@@ -83,14 +83,13 @@ def csv_text(record: Record) -> str:
     metrics = metric_names([run for _, run in runs])
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["kind", "method", "seed", "order", "state", *keys, *metrics, "folder"])
+    writer.writerow(["kind", "method", "seed", "order", "state", *keys, *metrics, "device", "folder"])
     for kind, run in runs:
         values = [run["values"].get(key, "") for key in keys]
         scores = ["" if run["metrics"].get(name) is None else run["metrics"][name] for name in metrics]
         order = "" if run["order"] is None else run["order"]
-        writer.writerow(
-            [kind.removesuffix("s"), run["method"], run["seed"], order, run["state"], *values, *scores, run["folder"]]
-        )
+        name, ends = kind.removesuffix("s"), [run["device"] or "", run["folder"]]
+        writer.writerow([name, run["method"], run["seed"], order, run["state"], *values, *scores, *ends])
     return text.getvalue()
 
 
@@ -109,9 +108,12 @@ def _costs(record: Record) -> Grid:
     for name, method in record["methods"].items():
         cells = [_mean_and_deviation(metric, method["summary"].get(metric)) for metric in names]
         done = sum(run["state"] == "finished" for run in method["runs"])
-        rows.append([name, _chosen(method), f"{done} of {len(method['runs'])}", *cells])
+        devices = dict.fromkeys(run["device"] or "not recorded" for run in method["runs"] if run["metrics"])
+        rows.append(
+            [name, _chosen(method), f"{done} of {len(method['runs'])}", *cells, ", ".join(devices) or _UNDEFINED]
+        )
     title = "Chosen settings (* at the edge of those tried), finished runs, and what they cost"
-    return title, ["method", "chosen", "runs", *map(_header, names)], rows
+    return title, ["method", "chosen", "runs", *map(_header, names), "device"], rows
 
 
 def _differences(record: Record) -> Grid:
