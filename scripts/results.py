@@ -95,6 +95,18 @@ def gates() -> str:
     return _table(header[:width], [row + ("",) * (width - len(row)) for row in rows])
 
 
+def variants() -> str:
+    """Rows of `benchmarks/variants.py`."""
+    rows: list[Row] = []
+    for line in (RAW / "variants.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        numbers = (*(row[metric] for metric in METRICS), row["old_loss"], row["general_forgetting"])
+        rows.append((row["tasks"], row["variant"], f"{row['lr']:g}", *map(_cell, numbers)))
+    return _table(
+        ("tasks", "variant", "learning rate", *(m.replace("_", " ") for m in METRICS), "old loss", "English"), rows
+    )
+
+
 def pairs() -> str:
     """Rows of `benchmarks/pairs.py`."""
     rows: list[Row] = []

@@ -198,12 +198,12 @@ def _run(
 
 
 def shares_kept(moment: Tensor, plasticity: float, sharpness: float = 4.0) -> tuple[Tensor, Tensor]:
-    """How far weights may move in each direction: ``p_i = 1 / (1 + (a_i / c) ** sharpness)``, ``a_i`` eigenvalues of ``A``.
+    """How far weights may move in each direction: ``p_i = 1 / (1 + (a_i / c) ** sharpness)``, ``a_i`` of ``A``.
 
     Args:
-        moment: ``A``, shape (in, in), symmetric, positive semi-definite, not all zero.
-        plasticity: Mean of ``p``, which decides ``c``; in (0, 1). The mean is larger where more directions than that are
-            not used at all.
+        moment: ``A``, shape (in, in), symmetric, positive semi-definite, not all zero; ``a_i`` are its eigenvalues.
+        plasticity: Mean of ``p``, which decides ``c``; in (0, 1). The mean is larger where more directions than that
+            are not used at all.
         sharpness: Above 0: how sharply the shares part directions that matter more than ``c`` from those that matter
             less. At 1 most directions are held back a little, at 4 few lie between free and held: the same budget then
             protects more, and less is to be multiplied with.

@@ -74,18 +74,18 @@ class AttributionCallback(Callback):
             over at each step, which takes time.
         merge: Over tasks: ``maximum`` (the paper), ``mean`` or ``probabilistic_or``.
         reestimate: Training rows kept of each old task to re-estimate its importance; 0 keeps none.
-        strength: Exponent of the plasticity; 1 is the paper's linear gate, 0 no gate. Under ``directions`` it is of what
-            is gated entry by entry.
+        strength: Exponent of the plasticity; 1 is the paper's linear gate, 0 no gate. Under ``directions`` it is of
+            what is gated entry by entry.
         parameters: Regular expression; only parameters whose name it is found in are attributed and gated.
         control: ``shuffled`` permutes the importance within each tensor, ``flattened`` makes it uniform: gates of equal
             mean without attribution, to compare with. Under ``directions``, ``shuffled`` takes random directions.
         directions: Gate weight matrices by direction: ``plasticity``, the mean share that a matrix may go of its way,
-            the same for each task; ``sharpness`` of the shares; ``every``, how many steps pass between two products with the gate's map;
-            ``own_text``, how many pieces of text the model writes before the first task, so that what it could do then
-            is held as well; ``weighted: false`` counts all inputs alike, a control. For estimators made of gradients,
-            ``source: running`` without ``reestimate``, in one process or under DDP. ``auto``: with the default of
-            these options where that is so and the selected parameters have a weight matrix, else as None: every
-            weight is gated on its own, as in the paper.
+            the same for each task; ``sharpness`` of the shares; ``every``, how many steps pass between two products
+            with the gate's map; ``own_text``, how many pieces of text the model writes before the first task, so that
+            what it could do then is held as well; ``weighted: false`` counts all inputs alike, a control. For
+            estimators made of gradients, ``source: running`` without ``reestimate``, in one process or under DDP.
+            ``auto``: with the default of these options where that is so and the selected parameters have a weight
+            matrix, else as None: every weight is gated on its own, as in the paper.
         seed: Choice of the rows; permutation of the shuffled control; the data module's if left out.
 
     Raises:

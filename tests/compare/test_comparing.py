@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 import sys
 
 import pytest
@@ -186,6 +187,20 @@ def test_of_equal_scores_the_smaller_learning_rate_is_chosen():
     trials = [({LR: 3.0, STRENGTH: 1}, 0.5), ({LR: 2.0, STRENGTH: 2}, 0.5), ({LR: 2.0, STRENGTH: 1}, 0.5)]
     assert choose([*trials, ({LR: 1.0}, 0.25), ({LR: 0.5}, None), ({LR: 0.1}, float("nan"))]) == {LR: 2.0, STRENGTH: 2}
     assert choose([({LR: 1.0}, None)]) is None
+
+
+def test_the_table_of_costs_says_where_runs_ran(setting, tmp_path):
+    run(setting(), best_at_two, more={"environment": {"device": "NVIDIA H200"}})
+    (file,) = (tmp_path / "out" / "other").glob("*2.0/seed-1-*/scores.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"environment": {"device": "cpu (x86_64)"}}))
+    (file,) = (tmp_path / "out" / "other").glob("*2.0/seed-2-*/scores.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"environment": {}}))
+    run(setting(), report_only=True)
+    text = (tmp_path / "out" / "comparison.md").read_text()
+    assert re.search(r"^\| plain \| lr=2.0 .*\| NVIDIA H200 \|$", text, re.MULTILINE)
+    assert re.search(r"^\| other \| lr=2.0 .*\| NVIDIA H200, cpu \(x86_64\), not recorded \|$", text, re.MULTILINE)
+    rows = list(csv.DictReader((tmp_path / "out" / "comparison.csv").open()))
+    assert {row["device"] for row in rows if row["method"] == "plain"} == {"NVIDIA H200"}
 
 
 def test_csv_has_a_row_for_each_run(setting, tmp_path):

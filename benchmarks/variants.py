@@ -1,0 +1,211 @@
+"""What else might hold more: variants of the gate by direction, each one run of `agcl fit`.
+
+    python benchmarks/variants.py VARIANT [--tasks quickstart | concept1k | classification] [--data_dir DATA] [--lr LR]
+
+The tasks are the quick start's on a seed of their own, the reduced Concept-1K's of other facts (all five tasks), or the
+reduced classification's scored on validation rows: none is in a table of `agcl compare`. A row is appended to
+`benchmarks/results/variants.jsonl`. "Old loss": by how much the loss of the old tasks' answers rose, in nats per
+token, from when each was learned to the end, the last task left out.
+"""
+
+import argparse
+import json
+import re
+import tempfile
+from pathlib import Path
+
+import torch
+import yaml
+
+import agcl.attribution.directions as directions_module
+import agcl.callbacks.directions as gate_module
+from agcl.callbacks.directions import DirectionsSoFar
+from agcl.cli import main as agcl
+from agcl.compare.overlay import overlay
+from agcl.compare.runs import read_config
+
+RESULTS = Path(__file__).parent / "results" / "variants.jsonl"
+CONFIGS = Path(__file__).parents[1] / "lightning_configs"
+CALLBACK = "trainer.callbacks.AttributionCallback.init_args"
+FREEZING = "trainer.callbacks.LayerFreezing.init_args.num_layers"
+TASKS = {
+    "quickstart": (["quickstart.yaml"], 10, 2e-4),
+    "concept1k": (["base.yaml", "data/concept1k_reduced.yaml", "model/smollm2-135m.yaml"], 100, 2e-4),
+    "classification": (["base.yaml", "data/classification_reduced.yaml", "model/smollm2-135m.yaml"], 100, 5e-5),
+}
+
+
+def text_counts(weight):
+    """The model's own text counts by ``weight`` where a task counts by 1."""
+    learn = DirectionsSoFar.learn
+
+    def scaled(self, evidence):
+        is_text = not self.moments.sums
+        learn(self, evidence)
+        if is_text:
+            sums = {name: weight * moment for name, moment in self.moments.sums.items()}
+            self.moments = directions_module.InputMoments(sums, self.moments.transposed)
+
+    DirectionsSoFar.learn = scaled
+
+
+def stand_still(pattern):
+    """Parameters whose name the pattern is found in stay as they were before the first task."""
+    attach = DirectionsSoFar.attach
+
+    def attach_and_freeze(self, optimizer, model, seed, *, is_last):
+        if not hasattr(self, "frozen"):
+            self.frozen = [(p, p.detach().clone()) for n, p in model.named_parameters() if re.search(pattern, n)]
+            optimizer.register_step_post_hook(lambda *_: restore(self.frozen))
+        attach(self, optimizer, model, seed, is_last=is_last)
+
+    @torch.no_grad()
+    def restore(frozen):
+        for parameter, before in frozen:
+            parameter.copy_(before)
+
+    DirectionsSoFar.attach = attach_and_freeze
+
+
+def gate_the_head():
+    """The embedding, which is the head's matrix as well, by the directions of the head's inputs."""
+    run, moments = directions_module._run, gate_module.input_moments
+
+    def find(model, parameters, sample, rule):
+        kinds = {}
+        with directions_module.recording():
+            selected = directions_module.selected_parameters(model, parameters)
+            run(model, selected, [sample], rule, lambda name, use, _: kinds.setdefault(name, set()).add(use.kind))
+        return {name: False for name, kind in kinds.items() if kind in ({"linear"}, {"linear", "lookup"})}
+
+    def run_without_lookups(model, selected, samples, rule, on_use):
+        return run(model, selected, samples, rule, lambda n, use, out: use.kind == "lookup" or on_use(n, use, out))
+
+    def moments_of(*args, **options):
+        directions_module._run = run_without_lookups
+        try:
+            return moments(*args, **options)
+        finally:
+            directions_module._run = run
+
+    gate_module.find_matrices, gate_module.input_moments = find, moments_of
+
+
+def one_threshold():
+    """One c for all matrices, on eigenvalues of mean 1 a task, in place of one budget for each matrix (sharpness 1)."""
+
+    def maps(self, plasticity, sharpness, control, seed):
+        found = {name: torch.linalg.eigh(moment.float()) for name, moment in self.sums.items()}
+        importance = {name: values.clamp(min=0) * len(values) for name, (values, _) in found.items()}
+        everything = torch.cat(list(importance.values())).cpu().double()
+        low, high = -60.0, 60.0  # of log2 c
+        for _ in range(64):
+            c = 2.0 ** ((low + high) / 2)
+            below = float((c / (c + everything)).mean()) < plasticity
+            low, high = ((low + high) / 2, high) if below else (low, (low + high) / 2)
+        held = {name: values / (2.0**high + values) for name, values in importance.items()}
+        return {
+            name: ((vectors * held[name].sqrt())[:, held[name] >= 1 / 255], self.transposed[name])
+            for name, (_, vectors) in found.items()
+        }
+
+    directions_module.InputMoments.maps = maps
+
+
+VARIANTS = {  # settings of the gate, what is put in place of the package's own
+    "default": ({}, None),
+    "sharpness 1": ({"sharpness": 1.0}, None),
+    "sharpness 1.5": ({"sharpness": 1.5}, None),
+    "sharpness 2": ({"sharpness": 2.0}, None),
+    "sharpness 4": ({"sharpness": 4.0}, None),
+    "plasticity 0.75": ({"sharpness": 1.0, "plasticity": 0.75}, None),
+    "every 1": ({"sharpness": 1.0, "every": 1}, None),
+    "unweighted": ({"sharpness": 1.0, "weighted": False}, None),
+    "no own text": ({"sharpness": 1.0, "own_text": 0}, None),
+    "own text counts 0.3": ({"sharpness": 1.0}, lambda: text_counts(0.3)),
+    "own text counts 0.1": ({"sharpness": 1.0}, lambda: text_counts(0.1)),
+    "embedding stands still": ({"sharpness": 1.0}, lambda: stand_still("embed_tokens")),
+    "norms stand still": ({"sharpness": 1.0}, lambda: stand_still("norm")),
+    "both stand still": ({"sharpness": 1.0}, lambda: stand_still("embed_tokens|norm")),
+    "both, plasticity 0.75": ({"sharpness": 1.0, "plasticity": 0.75}, lambda: stand_still("embed_tokens|norm")),
+    "both, sharpness 1.5": ({"sharpness": 1.5}, lambda: stand_still("embed_tokens|norm")),
+    "both, own text counts 0.3": (
+        {"sharpness": 1.0},
+        lambda: (text_counts(0.3), stand_still("embed_tokens|norm")),
+    ),
+    "head by direction": ({"sharpness": 1.0}, gate_the_head),
+    "head by direction, norms stand still": ({"sharpness": 1.0}, lambda: (gate_the_head(), stand_still("norm"))),
+    "one threshold": ({"sharpness": 1.0}, one_threshold),
+}
+RIVALS = {  # method's configuration, settings
+    "plain fine-tuning": ("method/sequential.yaml", {}),
+    "22 blocks frozen": ("method/layer_freezing.yaml", {FREEZING: 22}),
+    "26 blocks frozen": ("method/layer_freezing.yaml", {FREEZING: 26}),
+}
+
+
+def arguments(options, folder):
+    """What `agcl fit` takes: configurations, the last of which is written to the folder."""
+    names, seed, rate = TASKS[options.tasks]
+    rival = RIVALS.get(options.variant)
+    paths = [str(CONFIGS / name) for name in (*names, rival[0] if rival else "method/agcl.yaml")]
+    layers = [read_config(path) for path in paths]
+    gate = VARIANTS.get(options.variant, ({}, None))[0]
+    settings = rival[1] if rival else {f"{CALLBACK}.directions.{key}": value for key, value in gate.items()}
+    settings = settings | {"seed_everything": seed, "data.seed": seed, "data.data_dir": options.data_dir}
+    settings |= {"model.optimizer.init_args.lr": options.lr or rate, "trainer.enable_checkpointing": False}
+    settings["trainer.precision"] = "32-true"
+    if options.tasks == "classification":
+        settings |= {"data.evaluate_on": "validation", "trainer.precision": "bf16-mixed"}
+        settings |= {} if rival else {f"{CALLBACK}.num_samples": 128}
+    if options.tasks == "concept1k":
+        facts = {"train_split": "train[32:64]", "test_split": "train[32:64]"}
+        settings["data.tasks"] = [task | facts for task in layers[1]["data"]["tasks"]]
+    config = overlay(layers, settings)
+    logger = {"save_dir": str(folder), "name": "", "version": "", "default_hp_metric": False}
+    config["trainer"]["logger"] = {
+        "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+        "init_args": logger,
+    }
+    (folder / "run.yaml").write_text(yaml.safe_dump(config))
+    return [word for path in (*paths, str(folder / "run.yaml")) for word in ("--config", path)]
+
+
+def row_of(options, scores):
+    """What is kept of a run's scores."""
+    nll = scores["nll"]
+    risen = [nll[-1][task] - nll[task + 1][task] for task in range(len(nll[0]) - 1)]
+    return {
+        "tasks": options.tasks,
+        "variant": options.variant,
+        "lr": options.lr or TASKS[options.tasks][2],
+        "seed": scores["seed"],
+        **{name: scores["metrics"][name] for name in ("average_performance", "backward_transfer", "learning_accuracy")},
+        "old_loss": sum(risen) / len(risen),
+        "general_forgetting": scores["general_ability"]["forgetting"],
+        "precision": scores["precision"],
+        "device": scores["environment"]["device"],
+        "torch": scores["versions"]["torch"],
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("variant", choices=(*VARIANTS, *RIVALS))
+    parser.add_argument("--tasks", choices=TASKS, default="concept1k")
+    parser.add_argument("--data_dir", help="the benchmark's folder")
+    parser.add_argument("--lr", type=float)
+    options = parser.parse_args()
+    replace = VARIANTS.get(options.variant, ({}, None))[1]
+    if replace:
+        replace()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        agcl(["fit", *arguments(options, folder)])
+        scores = json.loads((folder / "scores.json").read_text())
+    with RESULTS.open("a") as file:
+        file.write(json.dumps(row_of(options, scores)) + "\n")
+
+
+if __name__ == "__main__":
+    main()
