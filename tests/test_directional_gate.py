@@ -49,6 +49,24 @@ def test_the_whole_step_is_mapped(make, is_transposed):
     assert torch.equal(model[2].weight, free[2].weight)
 
 
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_narrow_products_let_a_few_thousandths_through(is_transposed):
+    generator = torch.Generator().manual_seed(0)
+    layer = nn.Linear(64, 64, bias=False)
+    closed = torch.linalg.qr(torch.randn(64, 24, generator=generator)).Q
+    before, moved = layer.weight.detach().clone(), torch.randn(64, 64, generator=generator)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
+    with DirectionalGate(layer.named_parameters(), {"weight": (closed.bfloat16(), is_transposed)}).attach(optimizer):
+        layer.weight.grad = -moved
+        optimizer.step()
+    step = (layer.weight.detach() - before).T if is_transposed else layer.weight.detach() - before
+    wanted = moved.T if is_transposed else moved
+    assert (step @ closed).norm() < 0.004 * (wanted @ closed).norm()
+    exact = wanted - wanted @ closed @ closed.T
+    assert torch.allclose(step, exact, atol=0.02)
+    assert (step - exact).norm() < 0.004 * exact.norm()  # what is free is not rounded
+
+
 @pytest.mark.parametrize("make", OPTIMIZERS)
 def test_a_closed_direction_answers_as_before(make):
     model = model_of()

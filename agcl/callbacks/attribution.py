@@ -290,13 +290,16 @@ class AttributionCallback(Callback):
                 f"Before the first task: {len(pieces)} pieces of {pieces.shape[1]} tokens, which the model wrote "
                 f"itself, in {time.perf_counter() - start:.0f} s; what they rest on is held from the start."
             )
-        self._directions.attach(self._optimizer(trainer), pl_module.model, seed, is_last=False)
+        self._directions.attach(
+            self._optimizer(trainer), pl_module.model, seed, self._dtype_of_products(trainer), is_last=False
+        )
 
     def _pass_boundary(self, trainer: Trainer, pl_module: Any, index: int) -> None:
         # On resuming, Lightning may run an epoch's end again, or never have run it: what is there is kept.
         if self.num_boundaries <= index:
             if self._directions:
-                self._directions.make_up(self._optimizer(trainer), pl_module.model, self._resolved_seed(trainer))
+                seed, dtype = self._resolved_seed(trainer), self._dtype_of_products(trainer)
+                self._directions.make_up(self._optimizer(trainer), pl_module.model, seed, dtype)
             if self.reestimate:
                 self._reestimate(trainer, pl_module, index)
             self._learn_importance(trainer, pl_module, index)
@@ -414,7 +417,8 @@ class AttributionCallback(Callback):
             importance = flattened(importance)
         optimizer = self._optimizer(trainer)
         if self._directions:
-            self._directions.attach(optimizer, pl_module.model, seed, is_last=is_last)
+            dtype = self._dtype_of_products(trainer)
+            self._directions.attach(optimizer, pl_module.model, seed, dtype, is_last=is_last)
             importance = {name: t for name, t in importance.items() if name not in self._directions.names()}
             if not importance:
                 return
@@ -440,6 +444,14 @@ class AttributionCallback(Callback):
 
     def _resolved_seed(self, trainer: Trainer) -> int:
         return resolve_seed(self.seed, trainer.datamodule)  # type: ignore[attr-defined]
+
+    @staticmethod
+    def _dtype_of_products(trainer: Trainer) -> torch.dtype:
+        """As the model's own products: bfloat16 under ``bf16-mixed``, whose range suits steps."""
+        kind = trainer.strategy.root_device.type
+        with trainer.precision_plugin.forward_context():
+            is_narrow = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
+        return torch.bfloat16 if is_narrow else torch.float32
 
     @staticmethod
     def _optimizer(trainer: Trainer) -> torch.optim.Optimizer:

@@ -107,21 +107,24 @@ class DirectionsSoFar:
         found = input_moments(evidence, self._estimator, self._transposed, weighted=weighted)
         self.moments += found.normalised()
 
-    def attach(self, optimizer: torch.optim.Optimizer, model: nn.Module, seed: int, *, is_last: bool) -> None:
+    def attach(
+        self, optimizer: torch.optim.Optimizer, model: nn.Module, seed: int, dtype: torch.dtype, *, is_last: bool
+    ) -> None:
         """Gate what is learned from now on, which is nothing if the last task is learned: maps take a while to make."""
         self.detach()
         self._plasticity = dict.fromkeys(self.moments.sums, self.options.plasticity)
         if self.moments.sums and not is_last:
-            maps = self.moments.maps(self.options.plasticity, self.options.sharpness, self._control, seed)
+            found = self.moments.maps(self.options.plasticity, self.options.sharpness, self._control, seed)
+            maps = {name: (held.to(dtype), is_transposed) for name, (held, is_transposed) in found.items()}
             gate = DirectionalGate(model.named_parameters(), maps, self.options.every, **self._interrupted)
             self._gate = gate.attach(optimizer)
             self._plasticity = gate.plasticity()  # more than the budget, where more directions than that are not used
         self._interrupted = {}
 
-    def make_up(self, optimizer: torch.optim.Optimizer, model: nn.Module, seed: int) -> None:
+    def make_up(self, optimizer: torch.optim.Optimizer, model: nn.Module, seed: int, dtype: torch.dtype) -> None:
         """Before anything new is learned: map what had moved since the last product when a checkpoint was written."""
         if self._interrupted.get("num_steps"):
-            self.attach(optimizer, model, seed, is_last=False)
+            self.attach(optimizer, model, seed, dtype, is_last=False)
             self.detach()
 
     def close(self) -> None:

@@ -36,8 +36,9 @@ def fit(folder, files, run_dir, callback, **options):
     return model, boundaries.weights
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_matrices_hardly_move_in_the_directions_that_the_first_task_needs(
-    llama_folder, task_files, tmp_path, knowing, monkeypatch
+    llama_folder, task_files, tmp_path, knowing, monkeypatch, precision
 ):
     callback = by_direction(0.2, every=2)
     moments = {}
@@ -50,10 +51,9 @@ def test_matrices_hardly_move_in_the_directions_that_the_first_task_needs(
         )
 
     monkeypatch.setattr(callback._directions, "learn", keep)
-    _, (first, second, _) = fit(llama_folder, task_files, tmp_path / "own", callback)
-    _, (_, shuffled, _) = fit(
-        llama_folder, task_files, tmp_path / "shuffled", by_direction(0.2, every=2, control="shuffled")
-    )
+    control = by_direction(0.2, every=2, control="shuffled")
+    _, (first, second, _) = fit(llama_folder, task_files, tmp_path / "own", callback, precision=precision)
+    _, (_, shuffled, _) = fit(llama_folder, task_files, tmp_path / "shuffled", control, precision=precision)
 
     def effect(after, name):
         moved = after[name] - first[name]
