@@ -15,6 +15,9 @@ importance, so that only the gate's form is compared:
     directions  matrices by the directions of their inputs, the rest as `gate`: agcl's own
     none        plain fine-tuning
 
+With `--prefix`, each prompt follows as many tokens of a novel, another passage for each row, on which its answer does
+not rest: what attribution should see and a count of all inputs alike does not.
+
 A row counts as known if each token of its answer is the most likely one after the right tokens before it.
 """
 
@@ -30,6 +33,7 @@ from agcl.attribution.estimators import LRP, EmpiricalFisher, Evidence, Fisher
 from agcl.attribution.rows import samples_of
 from agcl.callbacks.directions import Directions, DirectionsSoFar
 from agcl.data.tasks import IGNORED_LABEL, AnswerEncoder, Task, collate
+from agcl.data.text import load_text, text_windows
 from agcl.models import load_model, load_tokenizer
 from agcl.scoring import answer_logits, token_nll
 
@@ -47,12 +51,18 @@ SCORES = {
 EPOCHS, BATCH, FIRST_LR, BETA2 = 12, 8, 3e-4, 0.999
 
 
-def encoded_rows():
-    encoder = AnswerEncoder(load_tokenizer(MODEL), max_length=128)
+def encoded_rows(prefix=0):
+    tokenizer = load_tokenizer(MODEL)
+    encoder = AnswerEncoder(tokenizer, max_length=128)
+    number = 32 * len(LANGUAGES)
+    passages = text_windows(load_text("builtin:text/alice"), tokenizer, number, prefix).tolist() if prefix else []
     rows = {}
     for index, language in enumerate(LANGUAGES):
         task = Task(language, f"builtin:cldr/{language}")
         rows[language] = list(encoder.encode_rows(task, f"train[{32 * index}:{32 * index + 32}]", task.prompt))
+        for passage, row in zip(passages[index :: len(LANGUAGES)], rows[language], strict=False):
+            row["input_ids"] = passage + row["input_ids"]
+            row["labels"] = [IGNORED_LABEL] * len(passage) + row["labels"]
     return rows
 
 
@@ -178,9 +188,10 @@ def first_task(rows, cache):
 def run(options):
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    rows = encoded_rows()
+    rows = encoded_rows(options.prefix)
     languages = LANGUAGES[: options.tasks]
-    model = first_task(rows[languages[0]], options.cache)
+    cache = options.cache.with_stem(f"{options.cache.stem}_{options.prefix}") if options.prefix else options.cache
+    model = first_task(rows[languages[0]], cache)
     old, directions = {}, None
     if options.kind == "directions":
         control = "shuffled" if options.shuffled else "none"
@@ -216,6 +227,7 @@ def run(options):
         "c",
         "power",
         "samples",
+        "prefix",
         "tasks",
         "shuffled",
         "plasticity",
@@ -237,6 +249,7 @@ def main():
     parser.add_argument("--c", type=float, default=0.1)
     parser.add_argument("--power", type=float, default=1.0)
     parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--prefix", type=int, default=0, help="tokens of a novel before each prompt")
     parser.add_argument("--tasks", type=int, choices=(2, 3, 4), default=2)
     parser.add_argument("--plasticity", type=float, default=0.8, help="of `directions`")
     parser.add_argument("--sharpness", type=float, default=4.0, help="of `directions`")
