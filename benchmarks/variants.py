@@ -53,11 +53,11 @@ def stand_still(pattern):
     """Parameters whose name the pattern is found in stay as they were before the first task."""
     attach = DirectionsSoFar.attach
 
-    def attach_and_freeze(self, optimizer, model, seed, *, is_last):
+    def attach_and_freeze(self, optimizer, model, *args, **options):
         if not hasattr(self, "frozen"):
             self.frozen = [(p, p.detach().clone()) for n, p in model.named_parameters() if re.search(pattern, n)]
             optimizer.register_step_post_hook(lambda *_: restore(self.frozen))
-        attach(self, optimizer, model, seed, is_last=is_last)
+        attach(self, optimizer, model, *args, **options)
 
     @torch.no_grad()
     def restore(frozen):
