@@ -1,4 +1,4 @@
-"""`benchmarks/variants.py`: what it puts in place of the package's own still fits there, and does what its name says."""
+"""`benchmarks/variants.py`: what it puts in place of the package's own fits there and does what its name says."""
 
 import importlib.util
 from pathlib import Path
