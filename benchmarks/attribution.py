@@ -18,9 +18,12 @@ from pathlib import Path
 import torch
 
 from agcl.attribution import ImportanceConfig, Sample, attribute_batch
+from agcl.attribution.directions import find_matrices, input_moments
+from agcl.attribution.estimators import LRP, Evidence
 from agcl.attribution.importance import SampleAggregator, normalise
 from agcl.attribution.passes import target_logit
-from agcl.gating import UpdateGate
+from agcl.callbacks import Directions
+from agcl.gating import DirectionalGate, UpdateGate
 from agcl.gating.plasticity import scaled_gradient
 from agcl.models import load_model
 
@@ -188,7 +191,31 @@ def gate_times(model, num_tokens, batch, repeats):
     print(f"\ntraining step, {batch} rows of {num_tokens} tokens: {training:.3f} s (AdamW, fused: {alone:.3f} s)")
     print(f"  update gate   {update:+.3f} s   {update / training:+.1%}")
     print(f"  gradient gate {gradient:+.3f} s   {gradient / training:+.1%}")
+    by_direction(model, samples, optimizer, training, alone, repeats)
     model.zero_grad(set_to_none=True)
+
+
+def by_direction(model, samples, optimizer, training, alone, repeats):
+    """The gate by direction: a product with the map, over the steps between two; what a boundary takes."""
+    names = [name for name, _ in model.named_parameters()]
+    matrices = find_matrices(model, names, samples[0], "attnlrp")
+
+    def find():
+        evidence = Evidence(model, names, samples, len(samples), batch_size=len(samples), only_correct=False)
+        return input_moments(evidence, LRP(score="sensitivity"), matrices)
+
+    seconds_of_moments, moments = smallest_time(find, 1), find()
+    seconds_of_maps, maps = smallest_time(moments.maps, 1), moments.maps()
+    every = Directions().every
+    for dtype in (torch.float32, torch.bfloat16):
+        narrow = {name: (held.to(dtype), is_transposed) for name, (held, is_transposed) in maps.items()}
+        with DirectionalGate(model.named_parameters(), narrow).attach(optimizer):
+            product = smallest_time(optimizer.step, repeats) - alone
+        print(
+            f"  by direction, {str(dtype).removeprefix('torch.')}: {product:+.3f} s a product, "
+            f"every {every} steps {product / every / training:+.1%}"
+        )
+    print(f"  at a boundary: moments of these rows {seconds_of_moments:.1f} s, directions {seconds_of_maps:.1f} s")
 
 
 def resident(key):
