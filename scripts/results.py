@@ -83,8 +83,10 @@ def gates() -> str:
         row = json.loads(line)
         options = OPTIONS.get(row["kind"], ("quantile",))
         kind = " ".join([row["kind"], *(f"{option} {row[option]:g}" for option in options)])
+        kind += f" sharpness {row.get('sharpness', 1):g}" if row["kind"] == "directions" else ""
         kind += ", shuffled" if row["shuffled"] else ""
         kind += ", unweighted" if row.get("unweighted") else ""
+        kind += f", after {row['prefix']} tokens of a novel" if row.get("prefix") else ""
         is_gated = row["kind"] != "none"
         cells = [f"{known:.2f} / {loss:.4f}" for known, loss in row["matrix"][-1]]
         rows.append(
