@@ -273,8 +273,9 @@ def _kept(size: ModelSize, settings: Settings) -> dict[str, int]:
     }
     if settings.gate and not settings.importance_on_host:
         kept["importance"] = size.gated * settings.importance_bytes // shards
-    if size.matrices:  # moments, at most as much of maps, and the matrices as they were
-        kept["directions"] = 8 * size.squares + size.matrices * width
+    if size.matrices:  # moments, at most as many numbers of maps, and the matrices as they were
+        of_maps = 2 if settings.precision == "bf16-mixed" else 4
+        kept["directions"] = (4 + of_maps) * size.squares + size.matrices * width
     if shards > 1:
         kept["gathered layers"] = 2 * size.weights // max(size.layers, 1) * width
     return kept
@@ -336,7 +337,8 @@ def _seconds(size: ModelSize, settings: Settings, work: Work, machine: Machine) 
     row = max(work.tokens * each_token, shortest) * _ATTRIBUTION_FACTOR[settings.aggregation]
     seconds["gate"] = work.steps * share * _GATE_BYTES / machine.bandwidth
     if size.products:
-        seconds["directions"] = work.steps * 2 * size.products / machine.flops[0] / settings.directions_every
+        speed = machine.flops[1 if settings.precision == "bf16-mixed" else 0]
+        seconds["directions"] = work.steps * 2 * size.products / speed / settings.directions_every
     if size.products and settings.own_text:  # written token by token, all pieces together, then attributed
         token = max(settings.own_text * 2 * size.weights / flops, shortest / 3)  # forward alone
         seconds["own text"] = settings.own_tokens * (token + settings.own_text * each_token)

@@ -54,7 +54,7 @@ class AttributionCallback(Callback):
     :mod:`agcl.attribution.directions`), which protects far better: inputs are no unit vectors. Embeddings,
     normalisations, biases and experts are gated entry by entry as before; the matrices' importance is computed and
     written, too, but not gated by. For a matrix of shape (out, in) of which ``held`` directions are held back,
-    4 (out + in + held) in bytes are held between steps.
+    4 (out + in + held) in bytes are held between steps, 2 held in less under ``bf16-mixed``.
 
     Args:
         gate: ``gradient`` rescales gradients by backward hooks (the paper; cancelled by Adam-like optimizers),

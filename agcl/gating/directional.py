@@ -24,7 +24,7 @@ class DirectionalGate:
     preconditioning and weight decay included, for any optimizer, by a hook after its step. The optimizer's own state
     is not gated.
 
-    A product with ``P`` costs ``2 held / in`` of a forward pass of as many tokens as the matrix has outputs. Where
+    A product with ``P`` costs ``2 held / in`` of a forward pass of as many tokens as the matrix has inputs. Where
     batches have fewer tokens than that, let several steps pass between two products: ``every``. Between them weights
     move freely; call `close` before they are read for good. Between steps, a copy of the gated matrices is held.
 
