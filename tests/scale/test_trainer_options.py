@@ -88,7 +88,7 @@ def second_step(folder, files, run_dir, gate, case, strength):
     return start.start, weights(model.model), callback.importance
 
 
-DEFAULT = ("bf16-true", "fused", "compiled", "all together")
+DEFAULT = ("bf16-true", "fused", "all together")
 
 
 @pytest.mark.parametrize("gate", ["gradient", "update"])
