@@ -113,7 +113,6 @@ def one_threshold():
 
 
 VARIANTS = {  # settings of the gate, what is put in place of the package's own
-    "default": ({}, None),
     "sharpness 1": ({"sharpness": 1.0}, None),
     "sharpness 1.5": ({"sharpness": 1.5}, None),
     "sharpness 2": ({"sharpness": 2.0}, None),
