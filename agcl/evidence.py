@@ -33,7 +33,7 @@ def task_evidence(
         seed: Choice of the rows, and of what the estimator draws; the data module's if None.
         batch_size: Rows that are run together; as many as in training if None.
         rows: Encoded rows to use, in this order; the task's training rows in a random one if None.
-        **options: The rest of :class:`Evidence`: ``only_correct``, ``per_sample``, ``config``, ``on_progress``.
+        **options: The rest of :class:`Evidence`, such as ``only_correct``, ``per_sample``, ``config``.
 
     Raises:
         AgclError: If the expression is none, or matches no trainable parameter.

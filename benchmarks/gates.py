@@ -126,7 +126,7 @@ def learn(model, rows, lr, plasticity=None, directions=None):
         optimizer, lambda step: (step + 1) / warmup if step < warmup else max(0.0, (total - step) / (total - warmup))
     )
     if directions is not None:
-        directions.attach(optimizer, model, 0, torch.float32, is_last=False)
+        directions.attach(optimizer, model, 0, is_last=False)
     model.train()
     step = 0
     for _ in range(EPOCHS):

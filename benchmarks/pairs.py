@@ -15,7 +15,7 @@ with random signs and without rules (`all`). What is no matrix is gated entry by
 
 import argparse
 import json
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -31,9 +31,8 @@ from gates import (
     scores_of,
 )
 
-from agcl.attribution.directions import _run, find_matrices
+from agcl.attribution.directions import find_matrices, shares_within
 from agcl.attribution.estimators import LRP
-from agcl.attribution.passes import is_correct, recording, selected_parameters
 
 RESULTS = Path(__file__).parent / "results" / "pairs.jsonl"
 EVERY, LR, SAMPLES = 4, 3e-4, 32
@@ -53,38 +52,23 @@ class AllLogits(LRP):
 
 def inputs_and_gradients(model, rows, estimator, matrices):
     """Name -> inputs and gradients of the tokens on which the objective rests, (tokens, in) and (tokens, out)."""
-    selected = selected_parameters(model, list(matrices))
-    found = {name: ([], []) for name in selected}
+    found = {name: ([], []) for name in matrices}
 
-    def on_gradient(name, use, upstream):
+    def observe(name, use, upstream):
         upstream = upstream.reshape(-1, upstream.shape[-1])
         weight = upstream.square().sum(1)
         counts = weight > weight.max() * 1e-12
         found[name][0].append(use.inputs().reshape(-1, use.inputs().shape[-1])[counts].clone())
         found[name][1].append(upstream[counts].clone())
 
-    def on_use(name, use, output):
-        if output.requires_grad:
-            output.register_hook(partial(on_gradient, name, use))
-
-    for batch in evidence_of(model, rows, SAMPLES).batches():
-        with recording():
-            logits, roots = _run(model, selected, batch, estimator.rule, on_use)
-            pairs = [(row, sample.targets) for row, sample in zip(logits, batch, strict=True)]
-            total = sum(estimator.objective(*pair) for pair in pairs if is_correct(*pair))
-            with torch.no_grad():
-                torch.autograd.backward(total, inputs=roots)
+    evidence = replace(evidence_of(model, rows, SAMPLES), parameters=list(matrices), observe=observe)
+    estimator.visit(evidence, consume=lambda *_: None, consume_pieces=lambda *_: None)
     return {name: (torch.cat(inputs), torch.cat(gradients)) for name, (inputs, gradients) in found.items()}
 
 
 def held_back(scores, plasticity):
     """1 - c / (c + s), with c such that the mean of c / (c + s) is the plasticity."""
-    scores = scores.double() / scores.max()
-    low, high = -120.0, 60.0
-    for _ in range(40):
-        c = 2 ** ((low + high) / 2)
-        low, high = (low, (low + high) / 2) if (c / (c + scores)).mean() >= plasticity else ((low + high) / 2, high)
-    return (scores / (2**high + scores)).float()
+    return (1 - shares_within(scores, plasticity, 1.0)).float()
 
 
 def directions_of(kind, inputs, gradients, plasticity):
@@ -96,7 +80,7 @@ def directions_of(kind, inputs, gradients, plasticity):
         _, v = torch.linalg.eigh(gradients.T @ gradients)
         held = held_back((gradients @ v).square().T @ (inputs @ u).square(), plasticity)
     else:
-        held = held_back(importance.clamp(min=0)[None], plasticity)
+        held = held_back(importance[None], plasticity)
     columns, rows = (held >= 1 / 255).any(0), (held >= 1 / 255).any(1)
     return None if v is None else v[:, rows], u[:, columns], held[rows][:, columns]
 
@@ -108,7 +92,7 @@ class PairGate:
         self.parameters = {name: parameter for name, parameter in model.named_parameters() if name in maps}
         self.maps = maps
 
-    def attach(self, optimizer, model, seed):
+    def attach(self, optimizer, model, seed, *, is_last):
         self.before = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
         self.num_steps = 0
         self.handle = optimizer.register_step_post_hook(self.after_step)

@@ -39,9 +39,9 @@ def text_counts(weight):
     """The model's own text counts by ``weight`` where a task counts by 1."""
     learn = DirectionsSoFar.learn
 
-    def scaled(self, evidence):
+    def scaled(self, evidence, observed=None):
         is_text = not self.moments.sums
-        learn(self, evidence)
+        learn(self, evidence, observed)
         if is_text:
             sums = {name: weight * moment for name, moment in self.moments.sums.items()}
             self.moments = directions_module.InputMoments(sums, self.moments.transposed)
@@ -69,26 +69,20 @@ def stand_still(pattern):
 
 def gate_the_head():
     """The embedding, which is the head's matrix as well, by the directions of the head's inputs."""
-    run, moments = directions_module._run, gate_module.input_moments
+    observe = directions_module.MomentSums.observe
 
     def find(model, parameters, sample, rule):
         kinds = {}
-        with directions_module.recording():
-            selected = directions_module.selected_parameters(model, parameters)
-            run(model, selected, [sample], rule, lambda name, use, _: kinds.setdefault(name, set()).add(use.kind))
+        directions_module._run_forward(
+            model, parameters, [sample], rule, lambda name, use, _: kinds.setdefault(name, set()).add(use.kind)
+        )
         return {name: False for name, kind in kinds.items() if kind in ({"linear"}, {"linear", "lookup"})}
 
-    def run_without_lookups(model, selected, samples, rule, on_use):
-        return run(model, selected, samples, rule, lambda n, use, out: use.kind == "lookup" or on_use(n, use, out))
+    def observe_no_lookup(self, name, use, upstream):
+        if use.kind != "lookup":
+            observe(self, name, use, upstream)
 
-    def moments_of(*args, **options):
-        directions_module._run = run_without_lookups
-        try:
-            return moments(*args, **options)
-        finally:
-            directions_module._run = run
-
-    gate_module.find_matrices, gate_module.input_moments = find, moments_of
+    gate_module.find_matrices, directions_module.MomentSums.observe = find, observe_no_lookup
 
 
 def one_threshold():
@@ -97,13 +91,9 @@ def one_threshold():
     def maps(self, plasticity, sharpness, control, seed):
         found = {name: torch.linalg.eigh(moment.float()) for name, moment in self.sums.items()}
         importance = {name: values.clamp(min=0) * len(values) for name, (values, _) in found.items()}
-        everything = torch.cat(list(importance.values())).cpu().double()
-        low, high = -60.0, 60.0  # of log2 c
-        for _ in range(64):
-            c = 2.0 ** ((low + high) / 2)
-            below = float((c / (c + everything)).mean()) < plasticity
-            low, high = ((low + high) / 2, high) if below else (low, (low + high) / 2)
-        held = {name: values / (2.0**high + values) for name, values in importance.items()}
+        sizes = [len(values) for values in importance.values()]
+        shares = directions_module.shares_within(torch.cat(list(importance.values())), plasticity, 1.0)
+        held = dict(zip(found, (1 - shares).float().split(sizes), strict=True))
         return {
             name: ((vectors * held[name].sqrt())[:, held[name] >= 1 / 255], self.transposed[name])
             for name, (_, vectors) in found.items()

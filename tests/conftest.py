@@ -106,10 +106,10 @@ def task_files(tmp_path_factory) -> list[Path]:
 @pytest.fixture
 def knowing(monkeypatch):
     """Let every row count as answered correctly: a tiny model seldom knows one by heart."""
-    from agcl.attribution import directions, relevance
+    from agcl.attribution import relevance
     from agcl.attribution.estimators import wanda
 
-    for module in (directions, relevance, wanda):
+    for module in (relevance, wanda):
         monkeypatch.setattr(module, "is_correct", lambda logits, targets: True)
 
 

@@ -17,9 +17,8 @@ Intelligence 2019, arXiv 1810.01256), gradient projection memory (Saha et al., I
 
 import math
 import zlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -31,12 +30,12 @@ from agcl.attribution.passes import (
     Sample,
     answer_logits,
     innermost,
-    is_correct,
     make_stand_ins,
     recording,
     rules_of,
     selected_parameters,
 )
+from agcl.attribution.relevance import Observer
 from agcl.attribution.uses import ParameterUses, UnseenUseError, Use
 from agcl.errors import AgclError
 
@@ -44,7 +43,6 @@ _ROUNDING = 1e-12  # of a squared gradient
 _FREE = 1 / 255  # of a step held back, as little as 8 bits of importance can say of an entry
 _LEAST = 2.0**-20  # of the largest eigenvalue: below are rounding errors
 Control = Literal["none", "shuffled", "flattened"]
-OnUse = Callable[[str, Use, Tensor], None]
 
 
 def find_matrices(model: nn.Module, parameters: Sequence[str], sample: Sample, rule: GradientRule) -> dict[str, bool]:
@@ -73,8 +71,7 @@ def find_matrices(model: nn.Module, parameters: Sequence[str], sample: Sample, r
         kinds.setdefault(name, set()).add(use.kind if is_whole else "other")
 
     try:
-        with recording():
-            _run(model, selected_parameters(model, parameters), [sample], rule, on_use)
+        _run_forward(model, parameters, [sample], rule, on_use)
     except UnseenUseError:
         return {}
     return {n: k == {"transposed"} for n, k in kinds.items() if k in ({"linear"}, {"transposed"})}
@@ -139,6 +136,37 @@ class InputMoments:
         return found
 
 
+class MomentSums:
+    """Adds up ``A`` of each matrix while backward passes come by.
+
+    Args:
+        transposed: The matrices, as from :func:`find_matrices`.
+        weighted: If not, every input on which the objective rests at all counts alike.
+    """
+
+    def __init__(self, transposed: dict[str, bool], *, weighted: bool = True) -> None:
+        self._transposed, self._weighted = transposed, weighted
+        self._sums: dict[str, Tensor] = {}
+
+    def observe(self, name: str, use: Use, upstream: Tensor) -> None:
+        """One use of a parameter, see :func:`agcl.attribution.attribute_batch`."""
+        if name not in self._transposed:
+            return
+        weight = upstream.reshape(-1, upstream.shape[-1]).float().square().sum(1)
+        # Padding, and rows that are answered wrongly, have none; rounding errors are no reason to count alike.
+        counts = (weight > weight.max() * _ROUNDING).nonzero().flatten()
+        inputs = use.inputs()
+        rows = inputs.reshape(-1, inputs.shape[-1])[counts].float()
+        with torch.autocast(rows.device.type, enabled=False):
+            moment = (rows * weight[counts, None] if self._weighted else rows).T @ rows
+        self._sums[name] = self._sums[name].add_(moment) if name in self._sums else moment
+
+    def moments(self) -> InputMoments:
+        """The sums, but of matrices that the objective does not rest on."""
+        sums = {name: moment for name, moment in self._sums.items() if moment.any()}
+        return InputMoments(sums, {name: self._transposed[name] for name in sums})
+
+
 def input_moments(
     evidence: Evidence, estimator: PerSampleGradient, transposed: dict[str, bool], *, weighted: bool = True
 ) -> InputMoments:
@@ -148,53 +176,45 @@ def input_moments(
         evidence: Model, rows and parameters, of which those that are no matrices are left out; ``num_used`` is set.
         estimator: Whose objective's gradient is taken, under its rules.
         transposed: The matrices, as from :func:`find_matrices`.
-        weighted: If not, every input on which the objective rests at all counts alike.
+        weighted: See :class:`MomentSums`.
 
     Returns:
         The moments; of no matrix, if no row is used.
     """
+    sums = MomentSums(transposed, weighted=weighted)
     names = [name for name in evidence.parameters if name in transposed]
-    selected, moments = selected_parameters(evidence.model, names), dict[str, Tensor]()
-
-    def on_gradient(name: str, use: Use, upstream: Tensor) -> None:
-        weight = upstream.reshape(-1, upstream.shape[-1]).float().square().sum(1)
-        # Padding, and rows that are answered wrongly, have none; rounding errors are no reason to count alike.
-        counts = (weight > weight.max() * _ROUNDING).nonzero().flatten()
-        inputs = use.inputs()
-        rows = inputs.reshape(-1, inputs.shape[-1])[counts].float()
-        with torch.autocast(rows.device.type, enabled=False):
-            moment = (rows * weight[counts, None] if weighted else rows).T @ rows
-        moments[name] = moments[name].add_(moment) if name in moments else moment
-
-    def on_use(name: str, use: Use, output: Tensor) -> None:
-        if output.requires_grad:
-            output.register_hook(partial(on_gradient, name, use))
-
-    for batch in evidence.batches():
-        with recording():
-            logits, roots = _run(evidence.model, selected, batch, estimator.rule, on_use)
-            pairs = [(row, sample.targets) for row, sample in zip(logits, batch, strict=True)]
-            terms = [estimator.objective(*pair) for pair in pairs if not evidence.only_correct or is_correct(*pair)]
-            if terms:
-                total = torch.stack(terms).sum()
-                with torch.no_grad():  # in the hooks
-                    torch.autograd.backward(total, inputs=roots)
-        evidence.num_used += len(terms)
-        evidence.on_progress(len(terms))
-    sums = {name: moment for name, moment in moments.items() if moment.any()}  # else the answers do not rest on it
-    return InputMoments(sums, {name: transposed[name] for name in sums})
+    observed = replace(evidence, parameters=names, per_sample=True, observe=sums.observe)
+    estimator.visit(observed, consume=lambda *_: None, consume_pieces=lambda *_: None)
+    evidence.num_used = observed.num_used
+    return sums.moments()
 
 
-def _run(
-    model: nn.Module, selected: dict[str, nn.Parameter], samples: list[Sample], rule: GradientRule, on_use: OnUse
-) -> tuple[list[Tensor], list[Tensor]]:
-    """One forward pass: the logits of the answers, and where the graph begins."""
+def is_seen(model: nn.Module, parameters: Sequence[str], sample: Sample, rule: GradientRule) -> bool:
+    """Whether :class:`MomentSums` can observe the backward passes in which all of these parameters are scored.
+
+    Args:
+        model: A causal language model.
+        parameters: Their names.
+        sample: Any.
+        rule: Under which the model will be seen.
+    """
+    try:
+        _run_forward(model, parameters, [sample, sample], rule, lambda *_: None)
+    except UnseenUseError:
+        return False
+    return True
+
+
+def _run_forward(
+    model: nn.Module, parameters: Sequence[str], samples: list[Sample], rule: GradientRule, on_use: Observer
+) -> None:
+    """Report each use of the parameters; raises UnseenUseError."""
+    selected = selected_parameters(model, parameters)
     stand_ins = make_stand_ins(model, selected)
     length = max(len(sample.input_ids) for sample in samples)
     uses = ParameterUses({name: stand_ins[name] for name in selected}, len(samples), length, on_use)
-    with rules_of(model, rule), innermost(model, uses):
-        logits = answer_logits(model, stand_ins, samples)
-    return logits, uses.roots
+    with recording(), rules_of(model, rule), innermost(model, uses):
+        answer_logits(model, stand_ins, samples)
 
 
 def shares_kept(moment: Tensor, plasticity: float, sharpness: float = 4.0) -> tuple[Tensor, Tensor]:
@@ -213,7 +233,21 @@ def shares_kept(moment: Tensor, plasticity: float, sharpness: float = 4.0) -> tu
         tensor of shape (in, in), float32.
     """
     importance, directions = torch.linalg.eigh(moment.float())
-    importance = importance.cpu().double().clamp_(min=0)  # a few numbers, asked many times: no device to wait for
+    return shares_within(importance, plasticity, sharpness).to(directions), directions
+
+
+def shares_within(importance: Tensor, plasticity: float, sharpness: float) -> Tensor:
+    """``p_i = 1 / (1 + (a_i / c) ** sharpness)`` of any numbers ``a_i``; see :func:`shares_kept`.
+
+    Args:
+        importance: ``a``, of any shape, not all zero; what is below zero is a rounding error.
+        plasticity: Mean of ``p``.
+        sharpness: Above 0.
+
+    Returns:
+        ``p``, float64, on the CPU.
+    """
+    importance = importance.cpu().double().clamp(min=0)  # a few numbers, asked many times: no device to wait for
     importance /= importance.max()
 
     def shares(log_c: float) -> Tensor:
@@ -226,4 +260,4 @@ def shares_kept(moment: Tensor, plasticity: float, sharpness: float = 4.0) -> tu
             low = middle
         else:
             high = middle
-    return shares(high).to(directions), directions
+    return shares(high)

@@ -34,6 +34,7 @@ from agcl.shards import consuming, has_shards
 Consumer = Callable[[str, Tensor, Tensor], None]
 Choice = Callable[[list[bool]], list[bool]]
 Objective = Callable[[Tensor, Tensor], Tensor]
+Observer = Callable[[str, Use, Tensor], None]
 
 
 def attribute_batch(
@@ -48,6 +49,7 @@ def attribute_batch(
     objective: Objective = target_logit,
     choose: Choice | None = None,
     consume_pieces: PieceConsumer | None = None,
+    observe: Observer | None = None,
 ) -> list[bool]:
     """Run samples forward and backward together and hand over each parameter's gradients as soon as they exist.
 
@@ -78,6 +80,9 @@ def attribute_batch(
         consume_pieces: Called with ``(name, gradients)`` in the place of ``consume`` for each matrix of which the
             gradients of all attributed samples can be made a few rows at a time, see
             :class:`agcl.attribution.pieces.SampleGradients`.
+        observe: Called, besides, with ``(name, use, upstream)`` for each use of an attributed parameter: what entered
+            it, and the gradient that came back to its output, of the whole batch, zero for samples that are not
+            attributed. Not called without ``per_sample``, and not where weights are split over processes.
 
     Returns:
         For each sample whether it was attributed; False if it was skipped as answered wrongly.
@@ -85,22 +90,36 @@ def attribute_batch(
     Raises:
         AgclError: For malformed samples, targets outside the vocabulary, unknown rules or parameters.
         UnsupportedModelError: As raised by :func:`lrp_rules`; also for parameters that are split over processes
-            (DTensor) in another way than FSDP2 does by rows.
+            (DTensor) in another way than FSDP2 does by rows; with ``observe``, for parameters that are used in a way in
+            which samples cannot be told apart.
     """
     check_choice("rule", rule, GradientRule)
     if not samples:
         raise AgclError("`samples` is empty; give at least one.")
     attribution = _Attribution(
-        model, selected_parameters(model, parameters), consume, rule, only_correct, objective, choose, consume_pieces
+        model,
+        selected_parameters(model, parameters),
+        consume,
+        rule,
+        only_correct,
+        objective,
+        choose,
+        consume_pieces,
+        observe,
     )
     if has_shards(model):
         passes = [[sample] for sample in samples] if per_sample else [list(samples)]
         return [flag for part in passes for flag in attribution.of_shards(part)]
-    if not per_sample or len(samples) == 1:
+    if not per_sample or (len(samples) == 1 and observe is None):
         return attribution.of_sum(samples)
     try:
         return attribution.of_each(samples)
-    except UnseenUseError:
+    except UnseenUseError as error:
+        if observe is not None:
+            raise UnsupportedModelError(
+                f"`observe` cannot see what a parameter of `{type(model).__name__}` meets ({error}); leave it out, or "
+                "leave such parameters out with `parameters`."
+            ) from error
         return [flag for sample in samples for flag in attribution.of_sum([sample])]
 
 
@@ -181,6 +200,7 @@ class _Attribution:
     objective: Objective = target_logit
     choose: Choice | None = None
     consume_pieces: PieceConsumer | None = None
+    observe: Observer | None = None
 
     def of_sum(self, samples: Sequence[Sample]) -> list[bool]:
         """Gradients of the samples' summed objectives."""
@@ -223,6 +243,8 @@ class _Attribution:
                 output.register_hook(lambda upstream: on_gradient(name, use, upstream))
 
         def on_gradient(name: str, use: Use, upstream: Tensor) -> None:
+            if self.observe is not None:
+                self.observe(name, use, upstream)
             arrived[name].append((use, upstream))
             if len(arrived[name]) == num_uses[name]:
                 hand_over(name)

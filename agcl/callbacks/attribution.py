@@ -244,6 +244,7 @@ class AttributionCallback(Callback):
         check_importance(self.importance, pl_module.model.named_parameters())
         if self._directions:
             self._directions.to(pl_module.device)
+            self._directions.dtype = _dtype_of_products(trainer)
         completed = pl_module.tasks.num_completed(trainer.current_epoch)
         if completed:
             # From a checkpoint of an epoch's last batch, Lightning goes on without that epoch's end.
@@ -290,16 +291,13 @@ class AttributionCallback(Callback):
                 f"Before the first task: {len(pieces)} pieces of {pieces.shape[1]} tokens, which the model wrote "
                 f"itself, in {time.perf_counter() - start:.0f} s; what they rest on is held from the start."
             )
-        self._directions.attach(
-            self._optimizer(trainer), pl_module.model, seed, self._dtype_of_products(trainer), is_last=False
-        )
+        self._directions.attach(self._optimizer(trainer), pl_module.model, seed, is_last=False)
 
     def _pass_boundary(self, trainer: Trainer, pl_module: Any, index: int) -> None:
         # On resuming, Lightning may run an epoch's end again, or never have run it: what is there is kept.
         if self.num_boundaries <= index:
             if self._directions:
-                seed, dtype = self._resolved_seed(trainer), self._dtype_of_products(trainer)
-                self._directions.make_up(self._optimizer(trainer), pl_module.model, seed, dtype)
+                self._directions.make_up(self._optimizer(trainer), pl_module.model, self._resolved_seed(trainer))
             if self.reestimate:
                 self._reestimate(trainer, pl_module, index)
             self._learn_importance(trainer, pl_module, index)
@@ -360,8 +358,10 @@ class AttributionCallback(Callback):
         """Importance of the task just learned."""
         task = pl_module.tasks[index].name
         start = time.perf_counter()
+        observed = self._directions.observer() if self._directions else None
         if self._initial is None:
-            gathered = self._gatherer.gather(trainer, pl_module, index)
+            observe = None if observed is None else observed.observe
+            gathered = self._gatherer.gather(trainer, pl_module, index, observe=observe)
         else:
             rank_zero_info(f"Training a model on task `{task}` alone for its importance (source: single_task).")
             gathered = gather_from_single_task(trainer, pl_module, index, self._gatherer, self._initial)
@@ -375,7 +375,7 @@ class AttributionCallback(Callback):
         self._so_far.take_in(trainer, f"{index:02d}_{task}", gathered)
         if self._directions:
             with trainer.precision_plugin.forward_context():
-                self._directions.learn(self._gatherer.evidence(trainer, pl_module, index))
+                self._directions.learn(self._gatherer.evidence(trainer, pl_module, index), observed)
         seconds = time.perf_counter() - start
         for logger in trainer.loggers:  # not self.log, which the start of a resumed run does not allow
             values = {"attribution/seconds": seconds, "attribution/samples": float(gathered.num_used)}
@@ -417,8 +417,7 @@ class AttributionCallback(Callback):
             importance = flattened(importance)
         optimizer = self._optimizer(trainer)
         if self._directions:
-            dtype = self._dtype_of_products(trainer)
-            self._directions.attach(optimizer, pl_module.model, seed, dtype, is_last=is_last)
+            self._directions.attach(optimizer, pl_module.model, seed, is_last=is_last)
             importance = {name: t for name, t in importance.items() if name not in self._directions.names()}
             if not importance:
                 return
@@ -446,14 +445,6 @@ class AttributionCallback(Callback):
         return resolve_seed(self.seed, trainer.datamodule)  # type: ignore[attr-defined]
 
     @staticmethod
-    def _dtype_of_products(trainer: Trainer) -> torch.dtype:
-        """As the model's own products: bfloat16 under ``bf16-mixed``, whose range suits steps."""
-        kind = trainer.strategy.root_device.type
-        with trainer.precision_plugin.forward_context():
-            is_narrow = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
-        return torch.bfloat16 if is_narrow else torch.float32
-
-    @staticmethod
     def _optimizer(trainer: Trainer) -> torch.optim.Optimizer:
         if len(trainer.optimizers) != 1:
             raise AgclError(
@@ -473,6 +464,14 @@ def _check_reestimate(reestimate: int, source: Source, estimator: Estimator) -> 
     if reestimate and not estimator.uses_samples:
         name = type(estimator).__name__
         raise AgclError(f"`reestimate` keeps rows, but the estimator {name} looks at none; leave `reestimate` out.")
+
+
+def _dtype_of_products(trainer: Trainer) -> torch.dtype:
+    """As the model's own products: bfloat16 under ``bf16-mixed``, whose range suits steps."""
+    kind = trainer.strategy.root_device.type
+    with trainer.precision_plugin.forward_context():
+        is_narrow = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
+    return torch.bfloat16 if is_narrow else torch.float32
 
 
 def _tensors(state: Any) -> Iterator[Tensor]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from agcl.attribution.directions import Control, InputMoments, find_matrices, input_moments
+from agcl.attribution.directions import Control, InputMoments, MomentSums, find_matrices, input_moments, is_seen
 from agcl.attribution.estimators import Estimator, Evidence, PerSampleGradient
 from agcl.attribution.passes import Sample
 from agcl.errors import AgclError
@@ -77,13 +77,20 @@ class DirectionsSoFar:
         options: See :class:`Directions`.
         estimator: Whose rules and objective weight the inputs.
         control: See :meth:`InputMoments.maps`.
+
+    Attributes:
+        moments: Of the tasks learned.
+        options: As given.
+        dtype: Of the products with the gate's maps; to be set before `attach`.
     """
 
     def __init__(self, options: Directions, estimator: PerSampleGradient, control: Control) -> None:
         self.moments = InputMoments()
         self.options = options
+        self.dtype = torch.float32
         self._estimator, self._control = estimator, control
         self._transposed: dict[str, bool] = {}
+        self._is_seen = False
         self._gate: DirectionalGate | None = None
         self._plasticity: dict[str, float] = {}
         self._interrupted: dict[str, Any] = {}  # of the gate that a checkpoint was written under
@@ -95,36 +102,45 @@ class DirectionsSoFar:
             UnsupportedModelError: If the rules do not see into the model.
         """
         self._transposed = find_matrices(model, parameters, sample, self._estimator.rule)
+        self._is_seen = bool(self._transposed) and is_seen(model, parameters, sample, self._estimator.rule)
         return bool(self._transposed)
 
     def names(self) -> set[str]:
         """The matrices that are gated by direction, once a task is learned."""
         return set(self.moments.sums)
 
-    def learn(self, evidence: Evidence) -> None:
-        """Take in what the model has just learned, which counts as much as anything before."""
-        weighted = self.options.weighted
-        found = input_moments(evidence, self._estimator, self._transposed, weighted=weighted)
+    def observer(self) -> MomentSums | None:
+        """For `learn`, to see the backward passes in which the parameters are scored; None if it cannot."""
+        return MomentSums(self._transposed, weighted=self.options.weighted) if self._is_seen else None
+
+    def learn(self, evidence: Evidence, observed: MomentSums | None = None) -> None:
+        """Take in what the model has just learned, which counts as much as anything before.
+
+        Args:
+            evidence: To pass again, if it has not been observed.
+            observed: From `observer`, if it was there when the rows were passed.
+        """
+        found = InputMoments() if observed is None else observed.moments()
+        if not found.sums:  # several processes took turns, or rows were summed
+            found = input_moments(evidence, self._estimator, self._transposed, weighted=self.options.weighted)
         self.moments += found.normalised()
 
-    def attach(
-        self, optimizer: torch.optim.Optimizer, model: nn.Module, seed: int, dtype: torch.dtype, *, is_last: bool
-    ) -> None:
+    def attach(self, optimizer: torch.optim.Optimizer, model: nn.Module, seed: int, *, is_last: bool) -> None:
         """Gate what is learned from now on, which is nothing if the last task is learned: maps take a while to make."""
         self.detach()
         self._plasticity = dict.fromkeys(self.moments.sums, self.options.plasticity)
         if self.moments.sums and not is_last:
             found = self.moments.maps(self.options.plasticity, self.options.sharpness, self._control, seed)
-            maps = {name: (held.to(dtype), is_transposed) for name, (held, is_transposed) in found.items()}
+            maps = {name: (held.to(self.dtype), is_transposed) for name, (held, is_transposed) in found.items()}
             gate = DirectionalGate(model.named_parameters(), maps, self.options.every, **self._interrupted)
             self._gate = gate.attach(optimizer)
             self._plasticity = gate.plasticity()  # more than the budget, where more directions than that are not used
         self._interrupted = {}
 
-    def make_up(self, optimizer: torch.optim.Optimizer, model: nn.Module, seed: int, dtype: torch.dtype) -> None:
+    def make_up(self, optimizer: torch.optim.Optimizer, model: nn.Module, seed: int) -> None:
         """Before anything new is learned: map what had moved since the last product when a checkpoint was written."""
         if self._interrupted.get("num_steps"):
-            self.attach(optimizer, model, seed, dtype, is_last=False)
+            self.attach(optimizer, model, seed, is_last=False)
             self.detach()
 
     def close(self) -> None:

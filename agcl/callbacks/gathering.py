@@ -14,6 +14,7 @@ from agcl.attribution.importance import ImportanceConfig, Parts, normalise
 from agcl.attribution.levels import DTYPES, Bits
 from agcl.attribution.naming import check_pattern, matching_parameters
 from agcl.attribution.passes import Sample
+from agcl.attribution.relevance import Observer
 from agcl.callbacks.progress import activity
 from agcl.data.samples import training_samples
 from agcl.errors import AgclError
@@ -98,7 +99,14 @@ class Gatherer:
         """Let the estimator see the weights that a task starts from."""
         self.estimator.begin_task(model, matching_parameters(model, self.parameters))
 
-    def gather(self, trainer: Trainer, pl_module: Any, task_index: int, kept: Dataset | None = None) -> Gathered | None:
+    def gather(
+        self,
+        trainer: Trainer,
+        pl_module: Any,
+        task_index: int,
+        kept: Dataset | None = None,
+        observe: Observer | None = None,
+    ) -> Gathered | None:
         """Importance of a task on the model as it is now.
 
         Args:
@@ -107,6 +115,7 @@ class Gatherer:
             task_index: 0-based, in the trainer's data module.
             kept: Rows of the task to use, all of them; None: of its training rows ``num_samples`` in a fixed random
                 order. Either way, rows answered wrongly are left out.
+            observe: See :class:`Evidence`.
 
         Returns:
             None if no row is answered correctly.
@@ -118,7 +127,14 @@ class Gatherer:
         shown = activity(trainer, f"Attribution of {task}", num_samples, "rows")
         with shown as advance, trainer.precision_plugin.forward_context():
             evidence = self.evidence(
-                trainer, pl_module, task_index, num_samples, rows=kept, ranks=ranks, on_progress=advance
+                trainer,
+                pl_module,
+                task_index,
+                num_samples,
+                rows=kept,
+                ranks=ranks,
+                on_progress=advance,
+                observe=observe,
             )
             scores = self.estimator.scores(evidence)
         if not scores:

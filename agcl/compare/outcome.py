@@ -164,8 +164,8 @@ def _notes(comparison: Comparison, methods: Mapping[str, Record]) -> list[str]:
         notes.append("Settings were chosen by the scores on the rows that the table is about, not on validation rows.")
     if comparison.runner == "processes" and (comparison.parallel or 1) > 1:
         notes.append(
-            f"Up to {comparison.parallel} runs shared the machine, so that their wall times are longer than alone. "
-            "Processor time is of all threads of a run's process."
+            "Where runs shared a machine, their wall times are longer than alone. Processor time is of all threads of "
+            "a run's process."
         )
     if text := _text_precision(methods):
         notes.append(text)

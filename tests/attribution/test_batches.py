@@ -51,18 +51,19 @@ def count_passes(model):
 def test_each_samples_gradient_is_what_it_is_alone(name, rule):
     model = member(name, KINDS[name][0])
     alone = {}
-    for sample in samples():
-        for key, (gradient,) in collected(model, [sample], rule=rule, only_correct=False)[0].items():
-            alone.setdefault(key, []).append(gradient)
-    passes = count_passes(model)
-    together, flags = collected(model, samples(), rule=rule, only_correct=False)
+    with KeepFloat64():
+        for sample in samples():
+            for key, (gradient,) in collected(model, [sample], rule=rule, only_correct=False)[0].items():
+                alone.setdefault(key, []).append(gradient)
+        passes = count_passes(model)
+        together, flags = collected(model, samples(), rule=rule, only_correct=False)
     assert flags == [True, True, True]
     assert passes == ([3] if name in IN_ONE_PASS else [3, 1, 1, 1])
     assert together.keys() == alone.keys()
     for key, gradients in alone.items():
         assert len(together[key]) == len(gradients), key
         for found, expected in zip(together[key], gradients, strict=True):
-            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-9, msg=key)
+            torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12, msg=key)
 
 
 @pytest.mark.parametrize("name", ["llama", "opt", "gemma2", "mixtral"])

@@ -1,12 +1,14 @@
 import pytest
 import torch
 from tiny_decoders import IDS, POSITIONS, TARGETS, tiny_gpt2, tiny_llama
+from tiny_families import member
 
 from agcl.attribution.computing import compute_input_moments
-from agcl.attribution.directions import InputMoments, find_matrices, input_moments, shares_kept
-from agcl.attribution.estimators import LRP, Evidence
+from agcl.attribution.directions import InputMoments, MomentSums, find_matrices, input_moments, is_seen, shares_kept
+from agcl.attribution.estimators import LRP, SPG, Evidence
 from agcl.attribution.passes import Sample
-from agcl.errors import AgclError
+from agcl.attribution.relevance import attribute_batch
+from agcl.errors import AgclError, UnsupportedModelError
 
 SAMPLE = Sample(IDS[0], POSITIONS, TARGETS)
 LONGER = Sample(torch.tensor([1, 4, 4, 8, 2, 11, 20, 6, 3]), torch.tensor([2, 5, 7]), torch.tensor([1, 2, 3]))
@@ -66,6 +68,29 @@ def test_moments_are_the_inputs_weighted_by_the_squared_gradient_at_the_output(m
     for name, moment in moments.items():
         expected = reference(model, name, samples, weighted)
         assert torch.allclose(moment.double(), expected, rtol=1e-4, atol=1e-5 * expected.abs().max()), name
+
+
+@pytest.mark.parametrize("estimator", [LRP(), LRP(score="sensitivity"), SPG()], ids=["whole", "pieces", "own passes"])
+def test_moments_can_be_seen_while_the_parameters_are_scored(estimator):
+    model, samples = tiny_llama(), [SAMPLE, LONGER, LONGER]  # the last one is a batch of its own
+    expected = moments_of(evidence_of(model, samples, batch_size=2), estimator)
+    sums = MomentSums(find_matrices(model, names_of(model), SAMPLE, estimator.rule))
+    scores = estimator.scores(evidence_of(model, samples, batch_size=2))
+    observed = estimator.scores(evidence_of(model, samples, batch_size=2, observe=sums.observe))
+    for name, score in scores.items():
+        torch.testing.assert_close(observed[name], score, rtol=1e-4, atol=1e-6 * float(score.max()), msg=name)
+    assert sums.moments().sums.keys() == expected.keys()
+    for name, moment in sums.moments().sums.items():
+        assert torch.allclose(moment, expected[name], rtol=1e-4, atol=1e-6 * float(moment.max())), name
+
+
+def test_where_samples_cannot_be_told_apart_nothing_is_seen():
+    model = member("mixtral")
+    assert is_seen(tiny_llama(), names_of(tiny_llama()), SAMPLE, "attnlrp")
+    assert not is_seen(model, names_of(model), SAMPLE, "attnlrp")
+    assert is_seen(model, [name for name in names_of(model) if "experts" not in name], SAMPLE, "attnlrp")
+    with pytest.raises(UnsupportedModelError, match="`observe` cannot see"):
+        attribute_batch(model, [SAMPLE, LONGER], consume=lambda *_: None, observe=lambda *_: None)
 
 
 def test_a_direction_that_no_input_has_does_not_count():

@@ -22,7 +22,7 @@ def variants(monkeypatch):
         (gate_module.DirectionsSoFar, "learn"),
         (gate_module.DirectionsSoFar, "attach"),
         (gate_module, "find_matrices"),
-        (gate_module, "input_moments"),
+        (directions_module.MomentSums, "observe"),
         (directions_module.InputMoments, "maps"),
     ):
         monkeypatch.setattr(owner, name, getattr(owner, name))  # so that they are put back

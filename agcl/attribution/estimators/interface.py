@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from agcl.attribution.importance import ImportanceConfig
 from agcl.attribution.passes import Sample, selected_parameters
+from agcl.attribution.uses import Use
 from agcl.ranks import ALONE, Ranks
 
 
@@ -30,6 +31,8 @@ class Evidence:
         only_correct: Whether rows that the model answers wrongly are skipped, and not counted.
         ranks: The processes that share the samples; all have the same ones.
         on_progress: Called with the number of further samples that were used.
+        observe: As for :func:`agcl.attribution.attribute_batch`, for those who want to know more of the same passes.
+            Estimators made of each sample's gradient see to it, in one process.
         num_used: Set by the estimator: number of samples that the scores rest on.
     """
 
@@ -44,6 +47,7 @@ class Evidence:
     only_correct: bool = True
     ranks: Ranks = ALONE
     on_progress: Callable[[int], None] = lambda count: None
+    observe: Callable[[str, Use, Tensor], None] | None = None
     num_used: int = 0
 
     @property

@@ -110,6 +110,7 @@ class PerSampleGradient(Estimator):
                 objective=self.objective,
                 choose=turn.choose,
                 consume_pieces=consume_pieces if ranks.size == 1 else None,
+                observe=evidence.observe if ranks.size == 1 else None,
             )
             turn.finish()
             evidence.num_used += turn.num_used
