@@ -35,6 +35,7 @@ _HOMES = {
     "compute_input_moments": "agcl.attribution",
     "gate": "agcl.integrations.pytorch",
     "lrp_rules": "agcl.attribution",
+    "own_text_moments": "agcl.own_text",
     "parameter_relevance": "agcl.attribution",
 }
 
@@ -65,6 +66,7 @@ __all__ = [
     "compute_input_moments",
     "gate",
     "lrp_rules",
+    "own_text_moments",
     "parameter_relevance",
 ]
 
@@ -94,6 +96,7 @@ if TYPE_CHECKING:
     from agcl.gating import DirectionalGate, GradientGate, UpdateGate
     from agcl.integrations.pytorch import gate
     from agcl.module import ContinualLM
+    from agcl.own_text import own_text_moments
     from agcl.schedules import WarmupDecay
 
 

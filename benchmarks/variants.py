@@ -126,10 +126,14 @@ VARIANTS = {  # settings of the gate, what is put in place of the package's own
     "head by direction, norms stand still": ({"sharpness": 1.0}, lambda: (gate_the_head(), stand_still("norm"))),
     "one threshold": ({"sharpness": 1.0}, one_threshold),
 }
+LORA = {"peft_type": "LORA", "r": 16, "lora_alpha": 32, "target_modules": "all-linear"}  # as in method/agcl_lora.yaml
 RIVALS = {  # method's configuration, settings
     "plain fine-tuning": ("method/sequential.yaml", {}),
     "22 blocks frozen": ("method/layer_freezing.yaml", {FREEZING: 22}),
     "26 blocks frozen": ("method/layer_freezing.yaml", {FREEZING: 26}),
+    "LoRA, plain": ("method/lora_sequential.yaml", {}),
+    "LoRA, by entry": ("method/agcl_lora.yaml", {}),
+    "LoRA, by direction": ("method/agcl.yaml", {"model.adapter": LORA}),
 }
 
 

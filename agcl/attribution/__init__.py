@@ -27,11 +27,13 @@ _HOMES = {
     "fingerprint": "fingerprints",
     "importance_files": "artefact",
     "load_importance": "artefact",
+    "load_input_moments": "moments_files",
     "lrp_rules": "lrp",
     "merge": "merging",
     "open_importance": "artefact",
     "parameter_relevance": "relevance",
     "save_importance": "artefact",
+    "save_input_moments": "moments_files",
     "token_relevance": "relevance",
 }
 
@@ -56,11 +58,13 @@ __all__ = [
     "fingerprint",
     "importance_files",
     "load_importance",
+    "load_input_moments",
     "lrp_rules",
     "merge",
     "open_importance",
     "parameter_relevance",
     "save_importance",
+    "save_input_moments",
     "token_relevance",
 ]
 
@@ -79,6 +83,7 @@ if TYPE_CHECKING:
     from agcl.attribution.importance import ImportanceConfig
     from agcl.attribution.lrp import LRPContext, Rule, lrp_rules
     from agcl.attribution.merging import RunningMerge, merge
+    from agcl.attribution.moments_files import load_input_moments, save_input_moments
     from agcl.attribution.operations import OPERATIONS
     from agcl.attribution.passes import GradientRule, Sample
     from agcl.attribution.relevance import (

@@ -99,6 +99,10 @@ class InputMoments:
         """Each ``A`` divided by its trace: in a sum, what it comes from then counts as much as any other."""
         return InputMoments({name: moment / moment.trace() for name, moment in self.sums.items()}, self.transposed)
 
+    def to(self, device: torch.device | str) -> "InputMoments":
+        """The moments on a device."""
+        return InputMoments({name: moment.to(device) for name, moment in self.sums.items()}, self.transposed)
+
     def maps(
         self, plasticity: float = 0.8, sharpness: float = 4.0, control: Control = "none", seed: int = 0
     ) -> dict[str, tuple[Tensor, bool]]:

@@ -20,13 +20,13 @@ from agcl.attribution.passes import Sample
 from agcl.callbacks.directions import Directions, DirectionsSoFar, directions_problem
 from agcl.callbacks.gathering import Gatherer
 from agcl.callbacks.importance_so_far import ImportanceSoFar, Place
-from agcl.callbacks.own_text import text_samples, write_text
 from agcl.callbacks.progress import activity
 from agcl.callbacks.single_task import InitialModel, check_single_task, gather_from_single_task
 from agcl.data.samples import resolve_seed
 from agcl.data.sequence import Regime
 from agcl.errors import AgclError
 from agcl.gating import GradientGate, UpdateGate, cancels_gradient_gate, choose_gate, flattened, shuffled
+from agcl.own_text import text_samples, write_text
 from agcl.shards import has_shards
 
 Source = Literal["running", "single_task"]

@@ -165,8 +165,7 @@ class DirectionsSoFar:
 
     def to(self, device: torch.device) -> None:
         """Have the moments beside the weights."""
-        sums = {name: moment.to(device) for name, moment in self.moments.sums.items()}
-        self.moments = InputMoments(sums, self.moments.transposed)
+        self.moments = self.moments.to(device)
 
     def state_dict(self) -> dict[str, Any]:
         """What resuming needs."""

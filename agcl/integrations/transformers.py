@@ -8,16 +8,28 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from agcl.attribution.computing import check_computable, check_options, compute_importance
-from agcl.attribution.estimators import LRP, Estimator
+from agcl.attribution.computing import (
+    check_computable,
+    check_options,
+    compute_importance,
+    compute_input_moments,
+)
+from agcl.attribution.directions import InputMoments
+from agcl.attribution.estimators import LRP, Estimator, PerSampleGradient
 from agcl.attribution.importance import ImportanceConfig
 from agcl.attribution.levels import Bits
+from agcl.attribution.moments_files import load_input_moments, save_input_moments
 from agcl.attribution.naming import matching_parameters
 from agcl.errors import AgclError
-from agcl.gating import GradientGate, UpdateGate
-from agcl.integrations.pytorch import Importance, gate, importance_from
+from agcl.gating import DirectionalGate, GradientGate, UpdateGate
+from agcl.integrations.pytorch import Importance, gate, importance_from, innermost_optimizer
+from agcl.results import shown_name
+from agcl.shards import has_shards
 
-__all__ = ["ImportanceGate", "TaskImportance"]
+__all__ = ["DirectionsGate", "ImportanceGate", "TaskDirections", "TaskImportance"]
+
+Moments = InputMoments | str | Path
+"""Second moments of inputs, or a file of them."""
 
 
 class ImportanceGate(TrainerCallback):
@@ -59,11 +71,7 @@ class ImportanceGate(TrainerCallback):
     ) -> None:
         """Attach the gate; one that an earlier, interrupted ``train()`` left behind is removed."""
         self._detach()
-        if args.deepspeed is not None:
-            raise AgclError(
-                "ImportanceGate cannot act under DeepSpeed, whose optimizer steps flat copies of the parameters; "
-                "leave `deepspeed` out, or use FSDP2."
-            )
+        _refuse_deepspeed(self, args)
         self._attached = gate(
             kwargs["optimizer"],
             kwargs["model"],
@@ -87,6 +95,94 @@ class ImportanceGate(TrainerCallback):
         if self._attached is not None:
             self._attached.detach()
             self._attached = None
+
+
+class DirectionsGate(TrainerCallback):
+    """Protects what earlier tasks need by the directions of each weight matrix's inputs, while another is learned.
+
+    It protects far better than the gate entry by entry (`ImportanceGate`), and takes more memory: see
+    :class:`agcl.gating.DirectionalGate`. Where several steps pass between two products with the map, what has moved
+    since is mapped before the Trainer scores or saves, at each epoch's end, and at the end. Resuming from a checkpoint
+    needs the same moments again.
+
+    Args:
+        moments: As `agcl.compute_input_moments` gives them, or a file of `TaskDirections`; of several tasks, and the
+            model's own text (`agcl.own_text_moments`), their list, in which each counts alike.
+        importance: As for `ImportanceGate`: gates what is no weight matrix entry by entry. Without it, embeddings,
+            normalisations and biases are not gated.
+        plasticity: Mean share of its way that a matrix may go; see :func:`agcl.attribution.directions.shares_kept`.
+        sharpness: See there.
+        every: Steps from one product to the next; more than 1 saves time where batches are small.
+
+    Raises:
+        AgclError: If a file cannot be read; at the beginning of training, if moments or importance do not fit the
+            model, for values that cannot be, and under DeepSpeed or FSDP, where no process has a whole matrix.
+    """
+
+    def __init__(
+        self,
+        moments: Moments | Sequence[Moments],
+        importance: Importance | Sequence[Importance] | None = None,
+        *,
+        plasticity: float = 0.8,
+        sharpness: float = 4.0,
+        every: int = 1,
+    ) -> None:
+        parts = [moments] if isinstance(moments, (InputMoments, str, Path)) else moments
+        self.moments = InputMoments()
+        for part in parts:
+            found = part if isinstance(part, InputMoments) else load_input_moments(part)
+            self.moments += found.normalised()
+        self.importance = None if importance is None else importance_from(importance)
+        self.plasticity, self.sharpness, self.every = plasticity, sharpness, every
+        self._attached: list[DirectionalGate | GradientGate | UpdateGate] = []
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Attach the gates; those that an earlier, interrupted ``train()`` left behind are removed."""
+        self._detach()
+        _refuse_deepspeed(self, args)
+        model, optimizer = kwargs["model"], innermost_optimizer(kwargs["optimizer"])
+        if has_shards(model):
+            raise AgclError(
+                "DirectionsGate looks at whole weight matrices, which FSDP splits over processes; take ImportanceGate, "
+                "or data parallelism without sharding."
+            )
+        maps = self.moments.to(model.device).maps(self.plasticity, self.sharpness)
+        dtype = torch.bfloat16 if args.bf16 else torch.float32  # as the model's own products
+        narrow = {name: (held.to(dtype), is_transposed) for name, (held, is_transposed) in maps.items()}
+        self._attached = [DirectionalGate(model.named_parameters(), narrow, self.every).attach(optimizer)]
+        rest = {name: values for name, values in (self.importance or {}).items() if name not in maps}
+        if rest:
+            self._attached.append(gate(optimizer, model, rest))
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Before the Trainer scores or saves."""
+        if control.should_evaluate or control.should_save:
+            self._close()
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The same."""
+        self._close()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leave no hook behind."""
+        self._detach()
+
+    def _close(self) -> None:
+        for attached in self._attached:
+            if isinstance(attached, DirectionalGate):
+                attached.close()
+
+    def _detach(self) -> None:
+        for attached in self._attached:
+            attached.detach()
+        self._attached = []
 
 
 class TaskImportance(TrainerCallback):
@@ -169,6 +265,84 @@ class TaskImportance(TrainerCallback):
             seed=self._seed,
             save_to=self._save_to if state.is_world_process_zero else None,
             **self._options,
+        )
+
+
+class TaskDirections(TrainerCallback):
+    """Finds what the task that the ``Trainer`` has learned asks of the directions of each weight matrix's inputs.
+
+    For `DirectionsGate`, which protects it while the next task is learned. Rows are taken as by `TaskImportance`.
+
+    Args:
+        save_to: ``.safetensors`` file to write (:mod:`agcl.attribution.moments_files`), 4 bytes times the squared
+            input width of each matrix.
+        num_samples: Rows, answered correctly, to use.
+        batch_size: Rows that are run together.
+        estimator: Whose gradient weights the inputs; ``LRP()`` if left out.
+        only_correct: As for `TaskImportance`.
+        parameters: Regular expression; only matrices whose name it is found in are looked at.
+        seed: Of the rows' order.
+
+    Attributes:
+        moments: Empty before the end of training.
+
+    Raises:
+        AgclError: For options that cannot be used; at the beginning of training, for rows that cannot; at the end, if
+            no row is answered correctly, or the file cannot be written.
+        UnsupportedModelError: At the beginning of training, if the estimator cannot see into the model.
+    """
+
+    def __init__(
+        self,
+        save_to: str | Path | None = None,
+        *,
+        num_samples: int = 16,
+        batch_size: int = 1,
+        estimator: PerSampleGradient | None = None,
+        only_correct: bool = True,
+        parameters: str = "",
+        seed: int = 0,
+    ) -> None:
+        check_options(num_samples, batch_size, 8, parameters)
+        self.moments = InputMoments()
+        self._save_to = save_to
+        self._estimator = LRP() if estimator is None else estimator
+        self._parameters = parameters
+        self._seed = seed
+        self._options: dict[str, Any] = {  # of `compute_input_moments`
+            "num_samples": num_samples,
+            "batch_size": batch_size,
+            "only_correct": only_correct,
+        }
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Check rows and model before anything is trained."""
+        rows = training_rows(kwargs["train_dataloader"], self._seed)
+        check_computable(kwargs["model"], rows, estimator=self._estimator, parameters=self._parameters)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Compute the moments; one process writes the file."""
+        model = kwargs["model"]
+        self.moments = compute_input_moments(
+            model,
+            training_rows(kwargs["train_dataloader"], self._seed),
+            estimator=self._estimator,
+            parameters=self._parameters,
+            **self._options,
+        )
+        if self._save_to is not None and state.is_world_process_zero:
+            save_input_moments(self._save_to, self.moments, {"model": shown_name(model.config._name_or_path)})
+
+
+def _refuse_deepspeed(callback: TrainerCallback, args: TrainingArguments) -> None:
+    if args.deepspeed is not None:
+        raise AgclError(
+            f"{type(callback).__name__} cannot act under DeepSpeed, whose optimizer steps flat copies of the "
+            "parameters; leave `deepspeed` out."
         )
 
 

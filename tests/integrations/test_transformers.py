@@ -8,9 +8,15 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import agcl
-from agcl.attribution import load_importance
+from agcl.attribution import load_importance, load_input_moments
 from agcl.errors import AgclError
-from agcl.integrations.transformers import ImportanceGate, TaskImportance, training_rows
+from agcl.integrations.transformers import (
+    DirectionsGate,
+    ImportanceGate,
+    TaskDirections,
+    TaskImportance,
+    training_rows,
+)
 
 ROWS = [
     {"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]},
@@ -63,7 +69,9 @@ def trainer_for(model, tmp_path, *callbacks, optimizer=None, **options):
         },
     )
     optimizers = (None if optimizer is None else optimizer(model.parameters()), None)
-    return Trainer(model, arguments, train_dataset=ROWS, callbacks=list(callbacks), optimizers=optimizers)
+    return Trainer(
+        model, arguments, train_dataset=ROWS, eval_dataset=ROWS, callbacks=list(callbacks), optimizers=optimizers
+    )
 
 
 def weights(model):
@@ -96,6 +104,98 @@ def test_an_accumulated_step_moves_each_weight_by_its_plasticity(llama_folder, t
         expected = start[name] + plasticity * (moved[name] - start[name])
         torch.testing.assert_close(weight.detach(), expected, rtol=0, atol=1e-6)
     assert any((moved[name] - start[name]).abs().max() > 1e-3 for name in start)
+
+
+def effect(moments, start, after):
+    """By how much matrices have moved in the directions that the moments weigh, relative to how far they moved."""
+    moved = {name: after[name] - start[name] for name in moments.sums}
+    parts = [float((moved[n] @ a * moved[n]).sum() / moved[n].square().sum()) for n, a in moments.sums.items()]
+    return sum(parts) / len(parts)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"every": 3},  # two steps pass after the last product
+        {"bf16": True},
+    ],
+    ids=["plain", "every", "bf16"],
+)
+def test_matrices_hardly_move_in_the_directions_of_an_earlier_task(llama_folder, tmp_path, options):
+    path, model = tmp_path / "old.safetensors", load(llama_folder)
+    recorder = TaskDirections(path, num_samples=4, only_correct=False)
+    trainer_for(model, tmp_path, recorder, max_steps=2).train()
+    learned = weights(model)
+    moments = load_input_moments(path)
+    expected = agcl.compute_input_moments(model, ROWS, num_samples=4, only_correct=False)
+    for name, moment in expected.sums.items():
+        torch.testing.assert_close(moments.sums[name], moment, rtol=1e-3, atol=1e-5 * float(moment.max()), msg=name)
+    moments = moments.normalised()
+    every = {"every": options.pop("every", 1)}
+    importance = {name: torch.full(p.shape, 255, dtype=torch.uint8) for name, p in model.named_parameters()}
+    gate = DirectionsGate(path, importance, plasticity=0.3, **every)
+    trainer_for(model, tmp_path, gate, max_steps=5, **options).train()
+    plain = load(llama_folder)
+    plain.load_state_dict(learned, strict=False)  # the head is tied
+    trainer_for(plain, tmp_path, max_steps=5, **options).train()
+    assert effect(moments, learned, weights(model)) < 0.05 * effect(moments, learned, weights(plain))
+    for name, weight in weights(model).items():
+        assert torch.equal(weight, learned[name]) == (name not in moments.sums), name
+
+
+class Weights(TrainerCallback):
+    """What is saved and scored."""
+
+    def __init__(self):
+        self.seen = {}
+
+    def on_evaluate(self, args, state, control, model=None, **kwargs):
+        self.seen["scored"] = weights(model)
+
+    def on_save(self, args, state, control, model=None, **kwargs):
+        self.seen[state.global_step] = weights(model)
+
+
+def test_what_is_scored_and_saved_has_been_mapped_and_a_resumed_run_goes_on_so(llama_folder, tmp_path):
+    model = load(llama_folder)
+    start = weights(model)
+    moments = agcl.compute_input_moments(model, ROWS, only_correct=False)
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 3}
+    seen = Weights()
+    trainer = trainer_for(model, tmp_path, DirectionsGate(moments, every=100, plasticity=0.3), seen, **options)
+    trainer.train()
+    free = trainer_for(load(llama_folder), tmp_path / "free", max_steps=4)
+    free.train()
+    held = 0.05 * effect(moments, start, weights(free.model))
+    assert all(effect(moments, start, after) < held for after in (*seen.seen.values(), weights(model)))
+    resumed = load(llama_folder)
+    trainer = trainer_for(resumed, tmp_path, DirectionsGate(moments, every=100, plasticity=0.3), **options)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    for name, weight in weights(resumed).items():
+        assert torch.equal(weight, weights(model)[name]), name
+
+
+def test_moments_of_several_tasks_count_alike(llama_folder, tmp_path):
+    model = load(llama_folder)
+    parts = [agcl.compute_input_moments(model, [row], only_correct=False) for row in ROWS[:2]]
+    gate = DirectionsGate(parts)
+    for name, moment in gate.moments.sums.items():
+        assert moment.trace() == pytest.approx(2, rel=1e-4)
+        expected = sum(part.sums[name] / part.sums[name].trace() for part in parts)
+        torch.testing.assert_close(moment, expected, msg=name)
+    interrupted, watch = trainer_for(model, tmp_path, gate, Interrupt()), Watch()
+    with pytest.raises(InterruptedError):
+        interrupted.train()
+    interrupted.remove_callback(Interrupt)
+    interrupted.add_callback(watch)
+    interrupted.train()
+    assert not watch.optimizer._optimizer_step_post_hooks
+    with pytest.raises(AgclError, match="DirectionsGate cannot act under DeepSpeed"):
+        gate.on_train_begin(SimpleNamespace(deepspeed={}), None, None)
+    other = agcl.attribution.InputMoments({"x": torch.eye(2)}, {"x": False})
+    with pytest.raises(AgclError, match="no parameter of that name"):
+        trainer_for(model, tmp_path, DirectionsGate(other)).train()
 
 
 @pytest.mark.parametrize(
@@ -180,6 +280,10 @@ def test_rows_that_attribution_cannot_use_are_refused_before_training(llama_fold
     start = weights(model)
     trainer = trainer_for(model, tmp_path, TaskImportance())
     trainer.train_dataset = [{"input_ids": [5, 6], "labels": [-100, -100]}] * 4
+    with pytest.raises(AgclError, match="none has an answer"):
+        trainer.train()
+    trainer.pop_callback(TaskImportance)
+    trainer.add_callback(TaskDirections())
     with pytest.raises(AgclError, match="none has an answer"):
         trainer.train()
     assert all(torch.equal(p, start[name]) for name, p in model.named_parameters())

@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from agcl.attribution.computing import compute_input_moments
+from agcl.attribution.directions import InputMoments
+from agcl.attribution.estimators import PerSampleGradient
 from agcl.attribution.lrp import evaluation_mode
 from agcl.attribution.passes import Sample
 from agcl.scoring import plain_generation
@@ -50,3 +53,47 @@ def text_samples(pieces: Tensor) -> list[Sample]:
     """A sample for each piece of text, shape ``(num_pieces, num_tokens)``: every token but the first is an answer."""
     places = torch.arange(pieces.shape[1] - 1, device=pieces.device)
     return [Sample(piece, places, piece[1:]) for piece in pieces]
+
+
+def own_text_moments(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    num_pieces: int = 16,
+    num_tokens: int = 64,
+    batch_size: int = 8,
+    estimator: PerSampleGradient | None = None,
+    parameters: str = "",
+    seed: int = 0,
+) -> InputMoments:
+    """What the model's own text asks of the directions of each weight matrix's inputs.
+
+    Computed before the first task and held like a task, it keeps what the model could do before, with no data.
+
+    Args:
+        model: The language model.
+        tokenizer: Its tokenizer.
+        num_pieces: Pieces of text that the model writes.
+        num_tokens: Tokens of each.
+        batch_size: Pieces that are run together.
+        estimator: See :func:`agcl.compute_input_moments`.
+        parameters: See :func:`agcl.compute_input_moments`.
+        seed: Of what is drawn.
+
+    Returns:
+        The moments, as from :func:`agcl.compute_input_moments`.
+
+    Raises:
+        AgclError: For options that cannot be used.
+        UnsupportedModelError: If the estimator cannot see into the model.
+    """
+    pieces = write_text(model, tokenizer, num_pieces, num_tokens, seed)
+    return compute_input_moments(
+        model,
+        [{"input_ids": piece, "labels": piece} for piece in pieces],
+        num_samples=num_pieces,
+        batch_size=batch_size,
+        estimator=estimator,
+        only_correct=False,  # what was drawn is seldom the likeliest
+        parameters=parameters,
+    )

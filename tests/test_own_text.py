@@ -4,7 +4,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from agcl.callbacks.own_text import text_samples, write_text
+from agcl.attribution import compute_input_moments
+from agcl.own_text import own_text_moments, text_samples, write_text
 
 PIECES, TOKENS = 6, 12
 
@@ -56,3 +57,14 @@ def test_it_is_drawn_from_the_models_own_distribution(writer):
 def test_pieces_fit_into_the_context(writer):
     model, tokenizer = writer
     assert write_text(model, tokenizer, 2, 1000, seed=0).shape == (2, model.config.max_position_embeddings)
+
+
+def test_its_directions_are_those_of_its_own_pieces(writer):
+    model, tokenizer = writer
+    found = own_text_moments(model, tokenizer, num_pieces=3, num_tokens=8, batch_size=2, seed=4)
+    rows = [{"input_ids": piece, "labels": piece} for piece in write_text(model, tokenizer, 3, 8, seed=4)]
+    expected = compute_input_moments(model, rows, only_correct=False)
+    assert found.transposed == expected.transposed
+    assert found.sums
+    for name, moment in expected.sums.items():
+        assert torch.allclose(found.sums[name], moment, rtol=1e-3, atol=1e-5 * float(moment.max())), name
