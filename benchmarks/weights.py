@@ -1,0 +1,136 @@
+"""Does it matter how much each input counts? One recorded step, mapped by gates that weigh inputs in different ways.
+
+    python benchmarks/weights.py names --prefix 48               # rows more in benchmarks/results/weights.jsonl
+    python benchmarks/weights.py concept1k --data_dir DATA --pair 0
+    python scripts/results.py                                    # RESULTS.md, with the rows as a table
+
+SmolLM2-135M learns one task and then another, both without a gate, and what its weight matrices moved by in the second
+is recorded. Then the directions that the first task needs are found, each input ``x_t`` counting by a weight made from
+the gradient ``g_t`` of the answers' logits at the matrix's output (AttnLRP's rules), and the recorded step is mapped as
+the gate maps a step (`agcl.gating.DirectionalGate`, sharpness 4), for several plasticities. What the two tasks' losses
+are then shows the trade; nothing is trained again, so that many gates can be compared on the same step.
+
+    square        |g_t|^2, as in agcl.attribution.directions
+    norm          |g_t|
+    row           |g_t|^2, divided by its sum over the row: each row counts alike
+    row_norm      |g_t|, the same
+    alike         1, wherever the answers rest on the input at all
+
+The tasks are names in Welsh and Finnish, as in `gates.py`, after `--prefix` tokens of a novel, on which the answers do
+not rest; or facts of Concept-1K, 64 of task `--pair` and 64 of the next.
+"""
+
+import argparse
+import json
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import gates
+import torch
+
+from agcl.attribution.directions import find_matrices, shares_within
+from agcl.attribution.estimators import LRP
+from agcl.data.tasks import AnswerEncoder, Task
+from agcl.models import load_model, load_tokenizer
+
+RESULTS = Path(__file__).parent / "results" / "weights.jsonl"
+PLASTICITIES = (0.95, 0.98, 0.99)
+LR, EPOCHS, SHARPNESS = 3e-4, 8, 4.0
+PROMPT = "Question: {question}\n Short Answer:"
+
+
+def squares(gradients):
+    """Of the gradients' lengths, for each row and token."""
+    return gradients.square().sum(-1)
+
+
+def share_of_row(weights):
+    """Each row's weights sum to one."""
+    return weights / weights.sum(1, keepdim=True).clamp(min=1e-30)
+
+
+WEIGHTS = {
+    "square": squares,
+    "norm": lambda gradients: squares(gradients).sqrt(),
+    "row": lambda gradients: share_of_row(squares(gradients)),
+    "row_norm": lambda gradients: share_of_row(squares(gradients).sqrt()),
+    "alike": lambda gradients: (squares(gradients) > 1e-12 * squares(gradients).max()).float(),
+}
+
+
+def pair_of_tasks(options):
+    """Encoded rows of the old task and the new one."""
+    if options.tasks == "names":
+        rows = gates.encoded_rows(options.prefix)
+        return rows["welsh"], rows["finnish"]
+    encoder = AnswerEncoder(load_tokenizer(gates.MODEL), max_length=128)
+
+    def rows_of(number):
+        source = str(Path(options.data_dir) / "concept_1k.jsonl.gz")
+        task = Task(f"concepts{number}", source, prompt=PROMPT, where={"task": number})
+        return list(encoder.encode_rows(task, "train[:64]", PROMPT))
+
+    return rows_of(options.pair), rows_of(options.pair + 1)
+
+
+def moments(model, rows):
+    """For each way to weigh: the moments of all matrices, from one pass."""
+    estimator, found = LRP(score="sensitivity"), {name: {} for name in WEIGHTS}
+    evidence = gates.evidence_of(model, rows, len(rows))
+    matrices = find_matrices(model, evidence.parameters, next(iter(evidence.samples)), estimator.rule)
+
+    def observe(name, use, upstream):
+        inputs, gradients = use.inputs().float(), upstream.float()
+        for kind, weigh in WEIGHTS.items():
+            weighted = inputs * weigh(gradients)[..., None]
+            moment = weighted.flatten(0, 1).T @ inputs.flatten(0, 1)
+            found[kind][name] = found[kind][name] + moment if name in found[kind] else moment
+
+    evidence = replace(evidence, samples=list(evidence.samples), parameters=list(matrices), observe=observe)
+    estimator.visit(evidence, consume=lambda *_: None, consume_pieces=lambda *_: None)
+    return found
+
+
+def run(options):
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    old, new = pair_of_tasks(options)
+    gates.EPOCHS = EPOCHS
+    model = load_model(gates.MODEL)
+    gates.learn(model, old, LR)
+    first = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    losses = partial(gates.evaluate, model)
+    start = losses(old), losses(new)
+    gates.learn(model, new, LR)
+    step = {name: tensor - first[name] for name, tensor in model.state_dict().items()}
+    end = losses(old), losses(new)
+    print(f"old and new task (known, loss) after the first: {start}; after the second, without a gate: {end}")
+    model.load_state_dict(first)
+    for kind, sums in moments(model, old).items():
+        spectra = {name: torch.linalg.eigh(moment) for name, moment in sums.items()}
+        for plasticity in PLASTICITIES:
+            mapped = {name: first[name] + step[name] for name in first}
+            for name, (importance, directions) in spectra.items():
+                held = (1 - shares_within(importance, plasticity, SHARPNESS)).to(directions)
+                mapped[name] -= ((step[name] @ directions) * held) @ directions.T
+            model.load_state_dict(mapped)
+            row = {key: getattr(options, key) for key in ("tasks", "prefix", "pair")}
+            row |= {"weights": kind, "plasticity": plasticity, "start": start, "ungated": end}
+            row |= {"old": losses(old), "new": losses(new), "torch": torch.__version__}
+            print(kind, plasticity, row["old"], row["new"], flush=True)
+            with RESULTS.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tasks", choices=("names", "concept1k"))
+    parser.add_argument("--prefix", type=int, default=0, help="tokens of a novel before each prompt (names)")
+    parser.add_argument("--pair", type=int, default=0, help="which tasks (concept1k)")
+    parser.add_argument("--data_dir", help="folder of concept_1k.jsonl.gz")
+    run(parser.parse_args())
+
+
+if __name__ == "__main__":
+    main()
