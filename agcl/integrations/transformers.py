@@ -134,7 +134,8 @@ class DirectionsGate(TrainerCallback):
             found = part if isinstance(part, InputMoments) else load_input_moments(part)
             self.moments += found.normalised()
         self.importance = None if importance is None else importance_from(importance)
-        self.plasticity, self.sharpness, self.every = plasticity, sharpness, every
+        self.every = every
+        self._shares = plasticity, sharpness
         self._attached: list[DirectionalGate | GradientGate | UpdateGate] = []
 
     def on_train_begin(
@@ -149,7 +150,7 @@ class DirectionsGate(TrainerCallback):
                 "DirectionsGate looks at whole weight matrices, which FSDP splits over processes; take ImportanceGate, "
                 "or data parallelism without sharding."
             )
-        maps = self.moments.to(model.device).maps(self.plasticity, self.sharpness)
+        maps = self.moments.to(model.device).maps(*self._shares)
         dtype = torch.bfloat16 if args.bf16 else torch.float32  # as the model's own products
         narrow = {name: (held.to(dtype), is_transposed) for name, (held, is_transposed) in maps.items()}
         self._attached = [DirectionalGate(model.named_parameters(), narrow, self.every).attach(optimizer)]
@@ -173,6 +174,10 @@ class DirectionsGate(TrainerCallback):
     ) -> None:
         """Leave no hook behind."""
         self._detach()
+
+    def plasticity(self) -> dict[str, float]:
+        """Mean remaining plasticity of each gated parameter, in [0, 1]; empty while nothing is trained."""
+        return {name: value for attached in self._attached for name, value in attached.plasticity().items()}
 
     def _close(self) -> None:
         for attached in self._attached:

@@ -187,10 +187,13 @@ def test_moments_of_several_tasks_count_alike(llama_folder, tmp_path):
     interrupted, watch = trainer_for(model, tmp_path, gate, Interrupt()), Watch()
     with pytest.raises(InterruptedError):
         interrupted.train()
+    assert gate.plasticity().keys() == gate.moments.sums.keys()
+    assert all(0.75 < value < 1 for value in gate.plasticity().values())
     interrupted.remove_callback(Interrupt)
     interrupted.add_callback(watch)
     interrupted.train()
     assert not watch.optimizer._optimizer_step_post_hooks
+    assert gate.plasticity() == {}
     with pytest.raises(AgclError, match="DirectionsGate cannot act under DeepSpeed"):
         gate.on_train_begin(SimpleNamespace(deepspeed={}), None, None)
     other = agcl.attribution.InputMoments({"x": torch.eye(2)}, {"x": False})
