@@ -4,9 +4,12 @@ The words between the tables are in ``scripts/results.md``; a line ``{{name}}`` 
 function of that name below returns.
 """
 
+import itertools
 import json
+import math
 import re
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RAW = ROOT / "benchmarks" / "results"
@@ -117,6 +120,32 @@ def pairs() -> str:
         cells = [f"{known:.2f} / {loss:.4f}" for known, loss in (row["welsh"], row["finnish"])]
         rows.append((row["kind"], row["objective"], f"{row['plasticity']:g}", *cells))
     return _table(("what is held", "gradient of", "plasticity", "Welsh", "Finnish"), rows)
+
+
+def weights() -> str:
+    """Rows of `benchmarks/weights.py`, and what they say at an equal loss on the new task."""
+    found: dict[Row, dict[str, dict[float, Any]]] = {}
+    for line in (RAW / "weights.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        task = f"names after {row['prefix']} tokens" if row["tasks"] == "names" else f"facts {row['pair']}"
+        found.setdefault((task,), {}).setdefault(row["weights"], {})[row["plasticity"]] = row
+    rows: list[Row] = []
+    for (task,), kinds in found.items():
+        target = kinds["alike"][0.98]["new"][1]
+        for kind, points in kinds.items():
+            losses = [f"{row['old'][1]:.4f} / {row['new'][1]:.3f}" for row in points.values()]
+            rows.append((task, kind, *losses, _at_equal_learning(list(points.values()), target)))
+    header = ("tasks", "an input counts by", *map(str, points), "old loss at equal learning")
+    return _table(header, rows)
+
+
+def _at_equal_learning(rows: list[dict[str, Any]], target: float) -> str:
+    """Loss on the old task where that on the new one is the target: on a log-log scale between two plasticities."""
+    points = sorted((math.log(row["new"][1]), math.log(row["old"][1])) for row in rows)
+    for (x, y), (next_x, next_y) in itertools.pairwise(points):
+        if x <= math.log(target) <= next_x:
+            return f"{math.exp(y + (next_y - y) * (math.log(target) - x) / (next_x - x)):.4f}"
+    return "-"
 
 
 def _scores(folder: Path, seed: int) -> dict[str, dict[str, float]] | None:
