@@ -300,10 +300,13 @@ def _boundary(size: ModelSize, settings: Settings, work: Work) -> dict[str, int]
         length = settings.own_tokens
         own = replace(work, tokens=length, longest=length, answer_tokens=length)
         passes = max(passes, _activations(size, settings, min(work.attributed_rows, settings.own_text), own))
-    return {
+    boundary = {
         "scores": size.gated * each // settings.devices,  # each process has its rows, also under DDP
         "passes": passes + _casts(size, settings),
     }
+    if size.squares:
+        boundary["new moments"] = 4 * size.squares
+    return boundary
 
 
 def _activations(size: ModelSize, settings: Settings, rows: int, work: Work) -> int:

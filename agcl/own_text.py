@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from agcl.attribution.computing import compute_input_moments
+from agcl.attribution.computing import check_options, compute_input_moments
 from agcl.attribution.directions import InputMoments
 from agcl.attribution.estimators import PerSampleGradient
 from agcl.attribution.lrp import evaluation_mode
 from agcl.attribution.passes import Sample
+from agcl.errors import AgclError
 from agcl.scoring import plain_generation
 
 
@@ -87,6 +88,9 @@ def own_text_moments(
         AgclError: For options that cannot be used.
         UnsupportedModelError: If the estimator cannot see into the model.
     """
+    check_options(num_pieces, batch_size, 8, parameters)
+    if num_tokens < 2:
+        raise AgclError(f"`num_tokens` is {num_tokens}; choose 2 or more.")
     pieces = write_text(model, tokenizer, num_pieces, num_tokens, seed)
     return compute_input_moments(
         model,

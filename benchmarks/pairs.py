@@ -68,7 +68,7 @@ def inputs_and_gradients(model, rows, estimator, matrices):
 
 def held_back(scores, plasticity):
     """1 - c / (c + s), with c such that the mean of c / (c + s) is the plasticity."""
-    return (1 - shares_within(scores, plasticity, 1.0)).float()
+    return (1 - shares_within(scores, plasticity, 1.0, least=2.0**-120)).float()
 
 
 def directions_of(kind, inputs, gradients, plasticity):

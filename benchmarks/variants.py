@@ -92,7 +92,8 @@ def one_threshold():
         found = {name: torch.linalg.eigh(moment.float()) for name, moment in self.sums.items()}
         importance = {name: values.clamp(min=0) * len(values) for name, (values, _) in found.items()}
         sizes = [len(values) for values in importance.values()]
-        shares = directions_module.shares_within(torch.cat(list(importance.values())), plasticity, 1.0)
+        everything = torch.cat(list(importance.values()))
+        shares = directions_module.shares_within(everything, plasticity, 1.0, least=2.0**-60)
         held = dict(zip(found, (1 - shares).float().split(sizes), strict=True))
         return {
             name: ((vectors * held[name].sqrt())[:, held[name] >= 1 / 255], self.transposed[name])

@@ -78,7 +78,8 @@ def moments(model, rows):
     """For each way to weigh: the moments of all matrices, from one pass."""
     estimator, found = LRP(score="sensitivity"), {name: {} for name in WEIGHTS}
     evidence = gates.evidence_of(model, rows, len(rows))
-    matrices = find_matrices(model, evidence.parameters, next(iter(evidence.samples)), estimator.rule)
+    samples = list(evidence.samples)
+    matrices = find_matrices(model, evidence.parameters, samples[0], estimator.rule)
 
     def observe(name, use, upstream):
         inputs, gradients = use.inputs().float(), upstream.float()
@@ -87,26 +88,38 @@ def moments(model, rows):
             moment = weighted.flatten(0, 1).T @ inputs.flatten(0, 1)
             found[kind][name] = found[kind][name] + moment if name in found[kind] else moment
 
-    evidence = replace(evidence, samples=list(evidence.samples), parameters=list(matrices), observe=observe)
+    evidence = replace(evidence, samples=samples, parameters=list(matrices), observe=observe)
     estimator.visit(evidence, consume=lambda *_: None, consume_pieces=lambda *_: None)
     return found
+
+
+def learned(model, old, new, cache):
+    """Weights after the old task, and after the new one; kept for the next time."""
+    if not cache.exists():
+        found = []
+        for rows in (old, new):
+            gates.learn(model, rows, LR)
+            found.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(tuple(found), cache)
+    return torch.load(cache, weights_only=True)
 
 
 def run(options):
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    old, new = pair_of_tasks(options)
     gates.EPOCHS = EPOCHS
+    old, new = pair_of_tasks(options)
     model = load_model(gates.MODEL)
-    gates.learn(model, old, LR)
-    first = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    cache = options.cache / f"weights_{options.tasks}_{options.prefix or options.pair}.pt"
+    first, second = learned(model, old, new, cache)
+    step = {name: tensor - first[name] for name, tensor in second.items()}
     losses = partial(gates.evaluate, model)
-    start = losses(old), losses(new)
-    gates.learn(model, new, LR)
-    step = {name: tensor - first[name] for name, tensor in model.state_dict().items()}
+    model.load_state_dict(second)
     end = losses(old), losses(new)
-    print(f"old and new task (known, loss) after the first: {start}; after the second, without a gate: {end}")
     model.load_state_dict(first)
+    start = losses(old), losses(new)
+    print(f"old and new task (known, loss) after the first: {start}; after the second, without a gate: {end}")
     for kind, sums in moments(model, old).items():
         spectra = {name: torch.linalg.eigh(moment) for name, moment in sums.items()}
         for plasticity in PLASTICITIES:
@@ -129,6 +142,7 @@ def main():
     parser.add_argument("--prefix", type=int, default=0, help="tokens of a novel before each prompt (names)")
     parser.add_argument("--pair", type=int, default=0, help="which tasks (concept1k)")
     parser.add_argument("--data_dir", help="folder of concept_1k.jsonl.gz")
+    parser.add_argument("--cache", type=Path, default=Path("runs"), help="folder for the weights learned")
     run(parser.parse_args())
 
 

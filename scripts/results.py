@@ -130,7 +130,8 @@ def weights() -> str:
         task = f"names after {row['prefix']} tokens" if row["tasks"] == "names" else f"facts {row['pair']}"
         found.setdefault((task,), {}).setdefault(row["weights"], {})[row["plasticity"]] = row
     rows: list[Row] = []
-    for (task,), kinds in found.items():
+    finished = {task: kinds for task, kinds in found.items() if len(kinds.get("alike", {})) == 3}
+    for (task,), kinds in finished.items():
         target = kinds["alike"][0.98]["new"][1]
         for kind, points in kinds.items():
             losses = [f"{row['old'][1]:.4f} / {row['new'][1]:.3f}" for row in points.values()]

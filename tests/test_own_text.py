@@ -5,6 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from agcl.attribution import compute_input_moments
+from agcl.errors import AgclError
 from agcl.own_text import own_text_moments, text_samples, write_text
 
 PIECES, TOKENS = 6, 12
@@ -68,3 +69,9 @@ def test_its_directions_are_those_of_its_own_pieces(writer):
     assert found.sums
     for name, moment in expected.sums.items():
         assert torch.allclose(found.sums[name], moment, rtol=1e-3, atol=1e-5 * float(moment.max())), name
+
+
+@pytest.mark.parametrize("options", [{"num_pieces": 0}, {"num_tokens": 1}])
+def test_no_text_is_refused(writer, options):
+    with pytest.raises(AgclError, match="choose"):
+        own_text_moments(*writer, **options)

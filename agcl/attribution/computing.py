@@ -1,8 +1,9 @@
 """Importance of what a model has learned, from its training rows, for any PyTorch training loop."""
 
+import itertools
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -15,6 +16,7 @@ from .fingerprints import fingerprint
 from .importance import ImportanceConfig, normalise
 from .levels import DTYPES, Bits
 from .naming import check_pattern, matching_parameters
+from .passes import Sample
 from .rows import samples_of
 
 _NO_ANSWER = "No row for attribution has a label other than -100, so none has an answer."
@@ -90,7 +92,7 @@ def compute_importance(
     if save_to is not None:
         settings = {
             "task": task or Path(save_to).stem,
-            "model": shown_name(getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__),
+            "model": name_of(model),
             "fingerprint": fingerprint(model.named_parameters()),
             "num_samples": evidence.num_used,
             "source": "running",
@@ -134,19 +136,36 @@ def compute_input_moments(
     """
     check_options(num_samples, batch_size, 8, parameters)
     estimator = LRP() if estimator is None else estimator
-    samples = list(samples_of(rows, next(model.parameters()).device))
-    if not samples:
+    samples = samples_of(rows, next(model.parameters()).device)
+    if (first := next(samples, None)) is None:
         raise AgclError(_NO_ANSWER)
     names = matching_parameters(model, parameters)
-    evidence = Evidence(model, names, samples, num_samples, batch_size=batch_size, only_correct=only_correct)
-    moments = input_moments(evidence, estimator, find_matrices(model, names, samples[0], estimator.rule))
+    matrices = _matrices_of(model, names, first, estimator)
+    read = itertools.chain([first], samples)  # no more than are needed
+    evidence = Evidence(model, names, read, num_samples, batch_size=batch_size, only_correct=only_correct)
+    moments = input_moments(evidence, estimator, matrices)
     if not evidence.num_used:
         raise AgclError(_NOT_LEARNED)
     return moments
 
 
+def _matrices_of(model: nn.Module, names: list[str], sample: Sample, estimator: PerSampleGradient) -> dict[str, bool]:
+    matrices = find_matrices(model, names, sample, estimator.rule)
+    if not matrices:
+        raise AgclError(
+            "None of the selected parameters is known to be a weight matrix of a linear map, so there are no "
+            "directions of its inputs; gate by importance instead."
+        )
+    return matrices
+
+
 def check_computable(
-    model: nn.Module, rows: Iterable[Any], *, estimator: Estimator | None = None, parameters: str = ""
+    model: nn.Module,
+    rows: Iterable[Any],
+    *,
+    estimator: Estimator | None = None,
+    parameters: str = "",
+    by_direction: bool = False,
 ) -> None:
     """Check before training that `compute_importance` will be able to use the rows and see into the model.
 
@@ -155,16 +174,25 @@ def check_computable(
         rows: Of which the first one with an answer is run, whether it is answered correctly or not.
         estimator: See `compute_importance`.
         parameters: See `compute_importance`.
+        by_direction: Whether it is `compute_input_moments` that is to be called, with a `PerSampleGradient`.
 
     Raises:
-        AgclError: See `compute_importance`; also if no row has an answer.
+        AgclError: See `compute_importance`; also if no row has an answer, or there is no weight matrix.
         UnsupportedModelError: See `compute_importance`.
     """
     names = matching_parameters(model, parameters)
     first = next(samples_of(rows, next(model.parameters()).device), None)
     if first is None:
         raise AgclError(_NO_ANSWER)
-    (LRP() if estimator is None else estimator).check(model, names, first)
+    estimator = LRP() if estimator is None else estimator
+    estimator.check(model, names, first)
+    if by_direction:
+        _matrices_of(model, names, first, cast(PerSampleGradient, estimator))
+
+
+def name_of(model: nn.Module) -> str:
+    """What a model is called in files: its name or the last part of its path, else its class."""
+    return shown_name(getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__)
 
 
 def check_options(num_samples: int, batch_size: int, bits: int, parameters: str) -> None:

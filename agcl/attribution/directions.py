@@ -35,9 +35,9 @@ from agcl.attribution.passes import (
     rules_of,
     selected_parameters,
 )
-from agcl.attribution.relevance import Observer
+from agcl.attribution.relevance import Observer, attribute_batch
 from agcl.attribution.uses import ParameterUses, UnseenUseError, Use
-from agcl.errors import AgclError
+from agcl.errors import AgclError, UnsupportedModelError
 
 _ROUNDING = 1e-12  # of a squared gradient
 _FREE = 1 / 255  # of a step held back, as little as 8 bits of importance can say of an entry
@@ -193,18 +193,28 @@ def input_moments(
     return sums.moments()
 
 
-def is_seen(model: nn.Module, parameters: Sequence[str], sample: Sample, rule: GradientRule) -> bool:
-    """Whether :class:`MomentSums` can observe the backward passes in which all of these parameters are scored.
+def is_seen(model: nn.Module, parameters: Sequence[str], sample: Sample, estimator: PerSampleGradient) -> bool:
+    """Whether :class:`MomentSums` can observe the passes in which an estimator scores all of these parameters.
 
     Args:
         model: A causal language model.
         parameters: Their names.
         sample: Any.
-        rule: Under which the model will be seen.
+        estimator: The estimator.
     """
+    sums = MomentSums({})
     try:
-        _run_forward(model, parameters, [sample, sample], rule, lambda *_: None)
-    except UnseenUseError:
+        attribute_batch(
+            model,
+            [sample, sample],
+            consume=lambda *_: None,
+            consume_pieces=lambda *_: None,
+            rule=estimator.rule,
+            parameters=parameters,
+            only_correct=False,
+            observe=sums.observe,
+        )
+    except UnsupportedModelError:
         return False
     return True
 
@@ -240,13 +250,14 @@ def shares_kept(moment: Tensor, plasticity: float, sharpness: float = 4.0) -> tu
     return shares_within(importance, plasticity, sharpness).to(directions), directions
 
 
-def shares_within(importance: Tensor, plasticity: float, sharpness: float) -> Tensor:
+def shares_within(importance: Tensor, plasticity: float, sharpness: float, least: float = _LEAST) -> Tensor:
     """``p_i = 1 / (1 + (a_i / c) ** sharpness)`` of any numbers ``a_i``; see :func:`shares_kept`.
 
     Args:
         importance: ``a``, of any shape, not all zero; what is below zero is a rounding error.
         plasticity: Mean of ``p``.
         sharpness: Above 0.
+        least: Of the largest ``a``: ``c`` is not less.
 
     Returns:
         ``p``, float64, on the CPU.
@@ -257,7 +268,7 @@ def shares_within(importance: Tensor, plasticity: float, sharpness: float) -> Te
     def shares(log_c: float) -> Tensor:
         return 1 / (1 + (importance / 2.0**log_c) ** sharpness)
 
-    low, high = math.log2(_LEAST), 200.0
+    low, high = math.log2(least), 200.0
     for _ in range(64):
         middle = (low + high) / 2
         if float(shares(middle).mean()) < plasticity:

@@ -9,6 +9,7 @@ are added here, the others by whoever computes the moments.
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -46,7 +47,8 @@ def save_input_moments(path: str | Path, moments: InputMoments, metadata: Mappin
     except (OSError, SafetensorError) as error:
         raise AgclError(f"{path} could not be written ({error}); {MAKE_ROOM}, or name another file.") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
     sync_folder(path.parent)
 
 

@@ -102,7 +102,7 @@ class DirectionsSoFar:
             UnsupportedModelError: If the rules do not see into the model.
         """
         self._transposed = find_matrices(model, parameters, sample, self._estimator.rule)
-        self._is_seen = bool(self._transposed) and is_seen(model, parameters, sample, self._estimator.rule)
+        self._is_seen = bool(self._transposed) and is_seen(model, parameters, sample, self._estimator)
         return bool(self._transposed)
 
     def names(self) -> set[str]:

@@ -101,10 +101,16 @@ class DirectionalGate:
         self._handles = [optimizer.register_step_post_hook(self._after_step)]
         return self
 
-    def detach(self) -> None:
-        """Map what has moved since the last product, stop gating; harmless if not attached."""
-        if self._handles:
+    def detach(self, *, closes: bool = True) -> None:
+        """Stop gating; harmless if not attached.
+
+        Args:
+            closes: Whether what has moved since the last product is mapped first; not, if other weights were loaded
+                since.
+        """
+        if self._handles and closes:
             self.close()
+        self._num_steps = 0
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

@@ -13,6 +13,7 @@ from agcl.attribution.computing import (
     check_options,
     compute_importance,
     compute_input_moments,
+    name_of,
 )
 from agcl.attribution.directions import InputMoments
 from agcl.attribution.estimators import LRP, Estimator, PerSampleGradient
@@ -23,7 +24,6 @@ from agcl.attribution.naming import matching_parameters
 from agcl.errors import AgclError
 from agcl.gating import DirectionalGate, GradientGate, UpdateGate
 from agcl.integrations.pytorch import Importance, gate, importance_from, innermost_optimizer
-from agcl.results import shown_name
 from agcl.shards import has_shards
 
 __all__ = ["DirectionsGate", "ImportanceGate", "TaskDirections", "TaskImportance"]
@@ -102,8 +102,8 @@ class DirectionsGate(TrainerCallback):
 
     It protects far better than the gate entry by entry (`ImportanceGate`), and takes more memory: see
     :class:`agcl.gating.DirectionalGate`. Where several steps pass between two products with the map, what has moved
-    since is mapped before the Trainer scores or saves, at each epoch's end, and at the end. Resuming from a checkpoint
-    needs the same moments again.
+    since is mapped before the Trainer scores or saves by its own schedule, at each epoch's end, and at the end; a
+    callback that asks for more is to come before this one. Resuming from a checkpoint needs the same moments again.
 
     Args:
         moments: As `agcl.compute_input_moments` gives them, or a file of `TaskDirections`; of several tasks, and the
@@ -132,7 +132,7 @@ class DirectionsGate(TrainerCallback):
         self.moments = InputMoments()
         for part in parts:
             found = part if isinstance(part, InputMoments) else load_input_moments(part)
-            self.moments += found.normalised()
+            self.moments += found.to("cpu").normalised()
         self.importance = None if importance is None else importance_from(importance)
         self.every = every
         self._shares = plasticity, sharpness
@@ -142,7 +142,7 @@ class DirectionsGate(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Attach the gates; those that an earlier, interrupted ``train()`` left behind are removed."""
-        self._detach()
+        self._detach(closes=False)  # from a checkpoint, other weights have been loaded since
         _refuse_deepspeed(self, args)
         model, optimizer = kwargs["model"], innermost_optimizer(kwargs["optimizer"])
         if has_shards(model):
@@ -150,7 +150,9 @@ class DirectionsGate(TrainerCallback):
                 "DirectionsGate looks at whole weight matrices, which FSDP splits over processes; take ImportanceGate, "
                 "or data parallelism without sharding."
             )
-        maps = self.moments.to(model.device).maps(*self._shares)
+        places = {name: parameter.device for name, parameter in model.named_parameters()}
+        sums = {name: moment.to(places.get(name)) for name, moment in self.moments.sums.items()}
+        maps = InputMoments(sums, self.moments.transposed).maps(*self._shares)
         dtype = torch.bfloat16 if args.bf16 else torch.float32  # as the model's own products
         narrow = {name: (held.to(dtype), is_transposed) for name, (held, is_transposed) in maps.items()}
         self._attached = [DirectionalGate(model.named_parameters(), narrow, self.every).attach(optimizer)]
@@ -184,9 +186,12 @@ class DirectionsGate(TrainerCallback):
             if isinstance(attached, DirectionalGate):
                 attached.close()
 
-    def _detach(self) -> None:
+    def _detach(self, *, closes: bool = True) -> None:
         for attached in self._attached:
-            attached.detach()
+            if isinstance(attached, DirectionalGate):
+                attached.detach(closes=closes)
+            else:
+                attached.detach()
         self._attached = []
 
 
@@ -325,7 +330,9 @@ class TaskDirections(TrainerCallback):
     ) -> None:
         """Check rows and model before anything is trained."""
         rows = training_rows(kwargs["train_dataloader"], self._seed)
-        check_computable(kwargs["model"], rows, estimator=self._estimator, parameters=self._parameters)
+        check_computable(
+            kwargs["model"], rows, estimator=self._estimator, parameters=self._parameters, by_direction=True
+        )
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -340,7 +347,7 @@ class TaskDirections(TrainerCallback):
             **self._options,
         )
         if self._save_to is not None and state.is_world_process_zero:
-            save_input_moments(self._save_to, self.moments, {"model": shown_name(model.config._name_or_path)})
+            save_input_moments(self._save_to, self.moments, {"model": name_of(model)})
 
 
 def _refuse_deepspeed(callback: TrainerCallback, args: TrainingArguments) -> None:

@@ -5,7 +5,7 @@ from tiny_families import member
 
 from agcl.attribution.computing import compute_input_moments
 from agcl.attribution.directions import InputMoments, MomentSums, find_matrices, input_moments, is_seen, shares_kept
-from agcl.attribution.estimators import LRP, SPG, Evidence
+from agcl.attribution.estimators import LRP, SPG, Evidence, Fisher
 from agcl.attribution.passes import Sample
 from agcl.attribution.relevance import attribute_batch
 from agcl.errors import AgclError, UnsupportedModelError
@@ -13,6 +13,20 @@ from agcl.errors import AgclError, UnsupportedModelError
 SAMPLE = Sample(IDS[0], POSITIONS, TARGETS)
 LONGER = Sample(torch.tensor([1, 4, 4, 8, 2, 11, 20, 6, 3]), torch.tensor([2, 5, 7]), torch.tensor([1, 2, 3]))
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class Scaled(torch.autograd.Function):
+    """A product out of sight."""
+
+    @staticmethod
+    def forward(context, x, weight):
+        context.save_for_backward(x, weight)
+        return x * weight
+
+    @staticmethod
+    def backward(context, upstream):
+        x, weight = context.saved_tensors
+        return upstream * weight, (upstream * x).sum_to_size(weight.shape)
 
 
 def names_of(model):
@@ -70,7 +84,11 @@ def test_moments_are_the_inputs_weighted_by_the_squared_gradient_at_the_output(m
         assert torch.allclose(moment.double(), expected, rtol=1e-4, atol=1e-5 * expected.abs().max()), name
 
 
-@pytest.mark.parametrize("estimator", [LRP(), LRP(score="sensitivity"), SPG()], ids=["whole", "pieces", "own passes"])
+@pytest.mark.parametrize(
+    "estimator",
+    [LRP(), LRP(score="sensitivity"), Fisher(), SPG()],
+    ids=["whole", "pieces", "drawn labels", "no by_entry"],
+)
 def test_moments_can_be_seen_while_the_parameters_are_scored(estimator):
     model, samples = tiny_llama(), [SAMPLE, LONGER, LONGER]  # the last one is a batch of its own
     expected = moments_of(evidence_of(model, samples, batch_size=2), estimator)
@@ -86,9 +104,12 @@ def test_moments_can_be_seen_while_the_parameters_are_scored(estimator):
 
 def test_where_samples_cannot_be_told_apart_nothing_is_seen():
     model = member("mixtral")
-    assert is_seen(tiny_llama(), names_of(tiny_llama()), SAMPLE, "attnlrp")
-    assert not is_seen(model, names_of(model), SAMPLE, "attnlrp")
-    assert is_seen(model, [name for name in names_of(model) if "experts" not in name], SAMPLE, "attnlrp")
+    assert is_seen(tiny_llama(), names_of(tiny_llama()), SAMPLE, LRP())
+    assert not is_seen(model, names_of(model), SAMPLE, LRP())
+    assert is_seen(model, [name for name in names_of(model) if "experts" not in name], SAMPLE, LRP())
+    hidden = tiny_llama()
+    hidden.model.norm.forward = lambda x, norm=hidden.model.norm: Scaled.apply(x, norm.weight)
+    assert not is_seen(hidden, names_of(hidden), SAMPLE, LRP(rule="none"))
     with pytest.raises(UnsupportedModelError, match="`observe` cannot see"):
         attribute_batch(model, [SAMPLE, LONGER], consume=lambda *_: None, observe=lambda *_: None)
 

@@ -176,6 +176,50 @@ def test_what_is_scored_and_saved_has_been_mapped_and_a_resumed_run_goes_on_so(l
         assert torch.equal(weight, weights(model)[name]), name
 
 
+def test_an_interrupted_run_leaves_nothing_in_weights_loaded_since(llama_folder, tmp_path):
+    model = load(llama_folder)
+    start = weights(model)
+    gate = DirectionsGate(agcl.compute_input_moments(model, ROWS, only_correct=False), every=100)
+    trainer = trainer_for(model, tmp_path, gate, Interrupt())
+    with pytest.raises(InterruptedError):
+        trainer.train()
+    model.load_state_dict(start, strict=False)  # the head is tied
+    trainer.remove_callback(Interrupt)
+    begun = {}
+
+    class Begin(TrainerCallback):
+        def on_train_begin(self, args, state, control, model=None, **kwargs):
+            begun.update(weights(model))
+
+    trainer.add_callback(Begin())
+    trainer.train()
+    assert all(torch.equal(begun[name], start[name]) for name in start)
+
+
+class Rows:
+    """A data set that says which of its rows were read."""
+
+    def __init__(self):
+        self.read = []
+
+    def __len__(self):
+        return 1000
+
+    def __getitem__(self, index):
+        self.read.append(index)
+        return ROWS[index % len(ROWS)]
+
+
+def test_directions_are_found_from_no_more_rows_than_asked_for(llama_folder, tmp_path):
+    trainer = trainer_for(load(llama_folder), tmp_path)
+    trainer.train_dataset = Rows()
+    loader = trainer.get_train_dataloader()
+    recorder = TaskDirections(num_samples=3, only_correct=False)
+    recorder.on_train_end(None, SimpleNamespace(), None, model=trainer.model, train_dataloader=loader)
+    assert recorder.moments.sums
+    assert len(trainer.train_dataset.read) == 3
+
+
 def test_moments_of_several_tasks_count_alike(llama_folder, tmp_path):
     model = load(llama_folder)
     parts = [agcl.compute_input_moments(model, [row], only_correct=False) for row in ROWS[:2]]
@@ -289,6 +333,10 @@ def test_rows_that_attribution_cannot_use_are_refused_before_training(llama_fold
     trainer.add_callback(TaskDirections())
     with pytest.raises(AgclError, match="none has an answer"):
         trainer.train()
+    trainer = trainer_for(model, tmp_path, TaskDirections(parameters="norm"))
+    with pytest.raises(AgclError, match="weight matrix of a linear map"):
+        trainer.train()
     assert all(torch.equal(p, start[name]) for name, p in model.named_parameters())
-    with pytest.raises(AgclError, match="`num_samples` is 0"):
-        TaskImportance(num_samples=0)
+    for recorder in (TaskImportance, TaskDirections):
+        with pytest.raises(AgclError, match="`num_samples` is 0"):
+            recorder(num_samples=0)

@@ -13,7 +13,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from transformers import AutoModelForCausalLM
 
-from agcl.attribution import ImportanceConfig, directions, relevance
+from agcl.attribution import ImportanceConfig, relevance
 from agcl.attribution.estimators import LRP, MAS, SPG, Change, Evidence, Wanda
 from agcl.attribution.importance import Parts, normalise
 from agcl.attribution.passes import Sample
@@ -138,7 +138,7 @@ def check_refusals(folder, files, out):
 
 
 def main(folder, out, *files):
-    relevance.is_correct = directions.is_correct = lambda logits, targets: True
+    relevance.is_correct = lambda logits, targets: True
     by_direction = {"directions": Directions(0.8, every=2)}
     for name, strategy, options in (
         ("ddp", DDPStrategy(), {}),

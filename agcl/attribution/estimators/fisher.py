@@ -10,6 +10,8 @@ from torch import Tensor
 
 from agcl.attribution.estimators.interface import Evidence
 from agcl.attribution.estimators.per_sample import PerSampleGradient, by_entry, log_probability
+from agcl.attribution.pieces import PieceConsumer
+from agcl.attribution.relevance import Consumer
 
 
 class EmpiricalFisher(PerSampleGradient):
@@ -34,10 +36,10 @@ class Fisher(EmpiricalFisher):
     def __init__(self) -> None:
         self._generator = torch.Generator()
 
-    def scores(self, evidence: Evidence) -> dict[str, Tensor]:
-        """See :meth:`Estimator.scores`."""
+    def visit(self, evidence: Evidence, consume: Consumer, consume_pieces: PieceConsumer | None = None) -> None:
+        """See :meth:`PerSampleGradient.visit`; the same labels are drawn each time."""
         self._generator.manual_seed(evidence.seed)
-        return super().scores(evidence)
+        super().visit(evidence, consume, consume_pieces)
 
     def objective(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Log-probability of drawn labels."""

@@ -32,7 +32,7 @@ class Evidence:
         ranks: The processes that share the samples; all have the same ones.
         on_progress: Called with the number of further samples that were used.
         observe: As for :func:`agcl.attribution.attribute_batch`, for those who want to know more of the same passes.
-            Estimators made of each sample's gradient see to it, in one process.
+            Estimators made of each sample's gradient see to it, in one process and with ``per_sample``.
         num_used: Set by the estimator: number of samples that the scores rest on.
     """
 
