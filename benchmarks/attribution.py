@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from agcl.attribution import ImportanceConfig, Sample, attribute_batch
-from agcl.attribution.directions import find_matrices, input_moments
+from agcl.attribution.directions import MomentSums, find_matrices, input_moments
 from agcl.attribution.estimators import LRP, Evidence
 from agcl.attribution.importance import SampleAggregator, normalise
 from agcl.attribution.passes import target_logit
@@ -200,11 +200,18 @@ def by_direction(model, samples, optimizer, training, alone, repeats):
     names = [name for name, _ in model.named_parameters()]
     matrices = find_matrices(model, names, samples[0], "attnlrp")
 
+    estimator = LRP(score="sensitivity")
+
+    def evidence(observe=None):
+        count = len(samples)
+        return Evidence(model, names, samples, count, batch_size=count, only_correct=False, observe=observe)
+
     def find():
-        evidence = Evidence(model, names, samples, len(samples), batch_size=len(samples), only_correct=False)
-        return input_moments(evidence, LRP(score="sensitivity"), matrices)
+        return input_moments(evidence(), estimator, matrices)
 
     seconds_of_moments, moments = smallest_time(find, 1), find()
+    alone_scored = smallest_time(lambda: estimator.scores(evidence()), 2)
+    seen_as_well = smallest_time(lambda: estimator.scores(evidence(MomentSums(matrices).observe)), 2)
     seconds_of_maps, maps = smallest_time(moments.maps, 1), moments.maps()
     every = Directions().every
     for dtype in (torch.float32, torch.bfloat16):
@@ -215,7 +222,11 @@ def by_direction(model, samples, optimizer, training, alone, repeats):
             f"  by direction, {str(dtype).removeprefix('torch.')}: {product:+.3f} s a product, "
             f"every {every} steps {product / every / training:+.1%}"
         )
-    print(f"  at a boundary: moments of these rows {seconds_of_moments:.1f} s, directions {seconds_of_maps:.1f} s")
+    print(
+        f"  at a boundary: importance from these rows {alone_scored:.1f} s, with moments seen on the way "
+        f"{seen_as_well:.1f} s (in a pass of their own {seconds_of_moments:.1f} s more); "
+        f"directions {seconds_of_maps:.1f} s"
+    )
 
 
 def resident(key):
