@@ -1,14 +1,15 @@
 """Does it matter how much each input counts? One recorded step, mapped by gates that weigh inputs in different ways.
 
     python benchmarks/weights.py names --prefix 48               # rows more in benchmarks/results/weights.jsonl
-    python benchmarks/weights.py concept1k --data_dir DATA --pair 0
+    python benchmarks/weights.py concept1k --data_dir DATA --pair 0 --trained 0.98
     python scripts/results.py                                    # RESULTS.md, with the rows as a table
 
 SmolLM2-135M learns one task and then another, both without a gate, and what its weight matrices moved by in the second
 is recorded. Then the directions that the first task needs are found, each input ``x_t`` counting by a weight made from
 the gradient ``g_t`` of the answers' logits at the matrix's output (AttnLRP's rules), and the recorded step is mapped as
 the gate maps a step (`agcl.gating.DirectionalGate`, sharpness 4), for several plasticities. What the two tasks' losses
-are then shows the trade; nothing is trained again, so that many gates can be compared on the same step.
+are then shows the trade; nothing is trained again, so that many gates can be compared on the same step. With
+`--trained` the second task is learned anew under each gate instead, with a product every 4 steps.
 
     square        |g_t|^2, as in agcl.attribution.directions
     norm          |g_t|
@@ -32,6 +33,7 @@ import torch
 from agcl.attribution.directions import find_matrices, shares_within
 from agcl.attribution.estimators import LRP
 from agcl.data.tasks import AnswerEncoder, Task
+from agcl.gating import DirectionalGate
 from agcl.models import load_model, load_tokenizer
 
 RESULTS = Path(__file__).parent / "results" / "weights.jsonl"
@@ -74,23 +76,43 @@ def pair_of_tasks(options):
     return rows_of(options.pair), rows_of(options.pair + 1)
 
 
-def moments(model, rows):
+def moments(model, rows, kinds):
     """For each way to weigh: the moments of all matrices, from one pass."""
-    estimator, found = LRP(score="sensitivity"), {name: {} for name in WEIGHTS}
+    estimator, found = LRP(score="sensitivity"), {kind: {} for kind in kinds}
     evidence = gates.evidence_of(model, rows, len(rows))
     samples = list(evidence.samples)
     matrices = find_matrices(model, evidence.parameters, samples[0], estimator.rule)
 
     def observe(name, use, upstream):
         inputs, gradients = use.inputs().float(), upstream.float()
-        for kind, weigh in WEIGHTS.items():
-            weighted = inputs * weigh(gradients)[..., None]
+        for kind in kinds:
+            weighted = inputs * WEIGHTS[kind](gradients)[..., None]
             moment = weighted.flatten(0, 1).T @ inputs.flatten(0, 1)
             found[kind][name] = found[kind][name] + moment if name in found[kind] else moment
 
     evidence = replace(evidence, samples=samples, parameters=list(matrices), observe=observe)
     estimator.visit(evidence, consume=lambda *_: None, consume_pieces=lambda *_: None)
     return found
+
+
+def held_columns(importance, directions, plasticity):
+    """``V`` of the gate's map, as `InputMoments.maps` makes it."""
+    held = (1 - shares_within(importance, plasticity, SHARPNESS)).to(directions)
+    counts = held >= 1 / 255
+    return (directions * held.sqrt())[:, counts]
+
+
+class Gate:
+    """A gate with given maps, for `gates.learn`."""
+
+    def __init__(self, columns):
+        self.maps = {name: (held, False) for name, held in columns.items()}
+
+    def attach(self, optimizer, model, seed, *, is_last):
+        self.gate = DirectionalGate(model.named_parameters(), self.maps, every=4).attach(optimizer)
+
+    def detach(self):
+        self.gate.detach()
 
 
 def learned(model, old, new, cache):
@@ -120,17 +142,21 @@ def run(options):
     model.load_state_dict(first)
     start = losses(old), losses(new)
     print(f"old and new task (known, loss) after the first: {start}; after the second, without a gate: {end}")
-    for kind, sums in moments(model, old).items():
+    for kind, sums in moments(model, old, options.weights).items():
         spectra = {name: torch.linalg.eigh(moment) for name, moment in sums.items()}
-        for plasticity in PLASTICITIES:
-            mapped = {name: first[name] + step[name] for name in first}
-            for name, (importance, directions) in spectra.items():
-                held = (1 - shares_within(importance, plasticity, SHARPNESS)).to(directions)
-                mapped[name] -= ((step[name] @ directions) * held) @ directions.T
-            model.load_state_dict(mapped)
+        for plasticity in (options.trained,) if options.trained else PLASTICITIES:
+            columns = {name: held_columns(*spectrum, plasticity) for name, spectrum in spectra.items()}
+            if options.trained:
+                model.load_state_dict(first)
+                gates.learn(model, new, LR, directions=Gate(columns))
+            else:
+                mapped = {name: first[name] + step[name] for name in first}
+                for name, held in columns.items():
+                    mapped[name] -= (step[name] @ held) @ held.T
+                model.load_state_dict(mapped)
             row = {key: getattr(options, key) for key in ("tasks", "prefix", "pair")}
-            row |= {"weights": kind, "plasticity": plasticity, "start": start, "ungated": end}
-            row |= {"old": losses(old), "new": losses(new), "torch": torch.__version__}
+            row |= {"weights": kind, "plasticity": plasticity, "trained": bool(options.trained)}
+            row |= {"start": start, "ungated": end, "old": losses(old), "new": losses(new), "torch": torch.__version__}
             print(kind, plasticity, row["old"], row["new"], flush=True)
             with RESULTS.open("a") as file:
                 file.write(json.dumps(row) + "\n")
@@ -142,6 +168,8 @@ def main():
     parser.add_argument("--prefix", type=int, default=0, help="tokens of a novel before each prompt (names)")
     parser.add_argument("--pair", type=int, default=0, help="which tasks (concept1k)")
     parser.add_argument("--data_dir", help="folder of concept_1k.jsonl.gz")
+    parser.add_argument("--weights", nargs="*", choices=WEIGHTS, default=list(WEIGHTS))
+    parser.add_argument("--trained", type=float, help="learn the new task under the gate, at this plasticity")
     parser.add_argument("--cache", type=Path, default=Path("runs"), help="folder for the weights learned")
     run(parser.parse_args())
 
