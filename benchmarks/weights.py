@@ -4,12 +4,13 @@
     python benchmarks/weights.py concept1k --data_dir DATA --pair 0 --trained 0.98
     python scripts/results.py                                    # RESULTS.md, with the rows as a table
 
-SmolLM2-135M learns one task and then another, both without a gate, and what its weight matrices moved by in the second
-is recorded. Then the directions that the first task needs are found, each input ``x_t`` counting by a weight made from
-the gradient ``g_t`` of the answers' logits at the matrix's output (AttnLRP's rules), and the recorded step is mapped as
-the gate maps a step (`agcl.gating.DirectionalGate`, sharpness 4), for several plasticities. What the two tasks' losses
-are then shows the trade; nothing is trained again, so that many gates can be compared on the same step. With
-`--trained` the second task is learned anew under each gate instead, with a product every 4 steps.
+SmolLM2-135M learns one task and then another, both without a gate, and what it moved by in the second is recorded. Then
+the directions that the first task needs are found, each input ``x_t`` counting by a weight made from the gradient
+``g_t`` of the answers' logits at the matrix's output (AttnLRP's rules), and the recorded step is mapped as by the gate
+(`agcl.gating.DirectionalGate`, sharpness 4), for several plasticities. What the two tasks' losses are then shows
+the trade; nothing is trained again, so that many gates can be compared on the same step. With `--trained` the second
+task is learned anew under each gate instead, with a product every 4 steps. Embedding and normalisations move as without
+a gate.
 
     square        |g_t|^2, as in agcl.attribution.directions
     norm          |g_t|

@@ -124,20 +124,26 @@ def pairs() -> str:
 
 def weights() -> str:
     """Rows of `benchmarks/weights.py`, and what they say at an equal loss on the new task."""
-    found: dict[Row, dict[str, dict[float, Any]]] = {}
+    found: dict[tuple[str, str], dict[str, dict[float, Any]]] = {}
     for line in (RAW / "weights.jsonl").read_text().splitlines():
         row = json.loads(line)
         task = f"names after {row['prefix']} tokens" if row["tasks"] == "names" else f"facts {row['pair']}"
-        found.setdefault((task,), {}).setdefault(row["weights"], {})[row["plasticity"]] = row
+        group = found.setdefault((task, "task being learned" if row.get("trained") else "recorded step"), {})
+        group.setdefault(row["weights"], {})[row["plasticity"]] = row
     rows: list[Row] = []
-    finished = {task: kinds for task, kinds in found.items() if len(kinds.get("alike", {})) == 3}
-    for (task,), kinds in finished.items():
-        target = kinds["alike"][0.98]["new"][1]
+    for (task, how), kinds in found.items():
+        target = kinds["alike"][0.98]["new"][1] if how == "recorded step" and "alike" in kinds else 0.0
         for kind, points in kinds.items():
-            losses = [f"{row['old'][1]:.4f} / {row['new'][1]:.3f}" for row in points.values()]
-            rows.append((task, kind, *losses, _at_equal_learning(list(points.values()), target)))
-    header = ("tasks", "an input counts by", *map(str, points), "old loss at equal learning")
+            losses = [_pair(points.get(plasticity), 1, ".4f") for plasticity in (0.95, 0.98, 0.99)]
+            equal = _at_equal_learning(list(points.values()), target) if target else ""
+            rows.append((task, how, kind, *losses, _pair(points.get(0.98), 0, ".2f"), equal))
+    header = ("tasks", "the gate on a", "an input counts by", "0.95", "0.98", "0.99", "known at 0.98", "equal learning")
     return _table(header, rows)
+
+
+def _pair(row: dict[str, Any] | None, place: int, style: str) -> str:
+    """Of the old task and the new one."""
+    return "" if row is None else f"{row['old'][place]:{style}} / {row['new'][place]:{style}}"
 
 
 def _at_equal_learning(rows: list[dict[str, Any]], target: float) -> str:
