@@ -232,10 +232,10 @@ def test_importance_stays_in_force_where_no_kept_row_is_known(llama_folder, task
     """After task 1 the old rows are known, after task 2 those of task 0 are not."""
     gather, known = Gatherer.gather, {}
 
-    def only_known(self, trainer, pl_module, task_index, kept=None):
+    def only_known(self, trainer, pl_module, task_index, kept=None, observe=None):
         is_forgotten = kept is not None and task_index == 0 and trainer.current_epoch == 3 * EPOCHS - 1
         known[trainer.current_epoch, task_index] = not is_forgotten
-        return None if is_forgotten else gather(self, trainer, pl_module, task_index, kept)
+        return None if is_forgotten else gather(self, trainer, pl_module, task_index, kept, observe)
 
     monkeypatch.setattr(Gatherer, "gather", only_known)
     callback = attribution(reestimate=2, merge="mean")
