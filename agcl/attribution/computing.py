@@ -1,7 +1,7 @@
 """Importance of what a model has learned, from its training rows, for any PyTorch training loop."""
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -137,8 +137,7 @@ def compute_input_moments(
     check_options(num_samples, batch_size, 8, parameters)
     estimator = LRP() if estimator is None else estimator
     samples = samples_of(rows, next(model.parameters()).device)
-    if (first := next(samples, None)) is None:
-        raise AgclError(_NO_ANSWER)
+    first = _first(samples)
     names = matching_parameters(model, parameters)
     matrices = _matrices_of(model, names, first, estimator)
     read = itertools.chain([first], samples)  # no more than are needed
@@ -147,6 +146,13 @@ def compute_input_moments(
     if not evidence.num_used:
         raise AgclError(_NOT_LEARNED)
     return moments
+
+
+def _first(samples: Iterator[Sample]) -> Sample:
+    first = next(samples, None)
+    if first is None:
+        raise AgclError(_NO_ANSWER)
+    return first
 
 
 def _matrices_of(model: nn.Module, names: list[str], sample: Sample, estimator: PerSampleGradient) -> dict[str, bool]:
@@ -181,9 +187,7 @@ def check_computable(
         UnsupportedModelError: See `compute_importance`.
     """
     names = matching_parameters(model, parameters)
-    first = next(samples_of(rows, next(model.parameters()).device), None)
-    if first is None:
-        raise AgclError(_NO_ANSWER)
+    first = _first(samples_of(rows, next(model.parameters()).device))
     estimator = LRP() if estimator is None else estimator
     estimator.check(model, names, first)
     if by_direction:
