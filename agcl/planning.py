@@ -25,6 +25,7 @@ from agcl.errors import AgclError
 from agcl.forecast import MACHINES, Forecast, Machine, ModelSize, Precision, Settings, Work, forecast
 from agcl.lightning_cli import FitConfiguration
 from agcl.models import load_config
+from agcl.task_pairs import pairs_problem
 
 DESCRIPTION = "Print what memory and time `agcl fit` with this configuration would take; nothing is loaded."
 
@@ -91,23 +92,19 @@ def model_size(config: Any, built: Any = None) -> ModelSize:
     if callback is None:
         return size_of(built, {})
     gated = gated_sizes(built, callback.get("parameters", ""))
-    return size_of(built, gated, by_direction=gates_by_direction(callback, is_sharded=_is_sharded(config)))
+    return size_of(built, gated, by_direction=_gates_by_direction(config, callback))
 
 
-def gates_by_direction(callback: Any, *, is_sharded: bool) -> bool:
-    """Whether ``AttributionCallback`` with these arguments gates matrices by direction; as it chooses, if that is auto.
-
-    Args:
-        callback: Its arguments, as in a configuration.
-        is_sharded: Whether weights are split over processes.
-    """
+def _gates_by_direction(config: Any, callback: Any) -> bool:
+    """Whether ``AttributionCallback`` with these arguments gates by direction; as it chooses, if that is auto."""
     directions = callback.get("directions", "auto")
     if directions != "auto":
         return directions is not None
     estimator = callback.get("estimator")
     kind = LRP if estimator is None else _class_of(estimator["class_path"])
     source, reestimate = callback.get("source", "running"), callback.get("reestimate", 0)
-    return not is_sharded and directions_problem(kind, source, reestimate, callback.get("strength", 1.0)) is None
+    problem = directions_problem(kind, source, reestimate, callback.get("strength", 1.0))
+    return not _is_sharded(config) and (problem or pairs_problem(config.model.adapter)) is None
 
 
 def size_of(built: Any, gated: dict[str, int], *, by_direction: bool = False) -> ModelSize:
@@ -138,11 +135,15 @@ def size_of(built: Any, gated: dict[str, int], *, by_direction: bool = False) ->
 
 
 def matrices_of(model: nn.Module, gated: Iterable[str]) -> dict[str, tuple[int, int]]:
-    """Inputs and outputs of each linear map whose weights are gated and not those of the embedding, too, by name."""
+    """Inputs and outputs of each linear map whose weights are gated and not those of the embedding, too, by name.
+
+    Of a LoRA pair it is the first one that is gated by direction, by the inputs of the weights beside it.
+    """
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     found, wanted = {}, set(gated)
     for module_name, module in model.named_modules():
-        if (name := f"{module_name}.weight") in wanted and id(module.weight) not in embeddings:
+        is_second = ".lora_B." in f"{module_name}."
+        if not is_second and (name := f"{module_name}.weight") in wanted and id(module.weight) not in embeddings:
             if isinstance(module, nn.Linear):
                 found[name] = module.in_features, module.out_features
             elif isinstance(module, Conv1D):
@@ -158,7 +159,7 @@ def budgets_of(config: Any, model: nn.Module) -> dict[str, float]:
         model: Its model, with its adapter if it has one.
     """
     callback = attribution_options(config)
-    if callback is None or not gates_by_direction(callback, is_sharded=_is_sharded(config)):
+    if callback is None or not _gates_by_direction(config, callback):
         return {}
     gated = gated_sizes(model, callback.get("parameters", ""))
     return dict.fromkeys(matrices_of(model, gated), _directions(callback).plasticity)

@@ -127,15 +127,51 @@ VARIANTS = {  # settings of the gate, what is put in place of the package's own
     "head by direction, norms stand still": ({"sharpness": 1.0}, lambda: (gate_the_head(), stand_still("norm"))),
     "one threshold": ({"sharpness": 1.0}, one_threshold),
 }
-LORA = {"peft_type": "LORA", "r": 16, "lora_alpha": 32, "target_modules": "all-linear"}  # as in method/agcl_lora.yaml
+REPLAY = {"data.replay": {"share": 0.5, "buffer_size": 4}}  # 3 % of the quick start's rows
+SGD = {"model.optimizer": {"class_path": "torch.optim.SGD", "init_args": {"momentum": 0.9, "weight_decay": 0.0}}}
 RIVALS = {  # method's configuration, settings
     "plain fine-tuning": ("method/sequential.yaml", {}),
     "22 blocks frozen": ("method/layer_freezing.yaml", {FREEZING: 22}),
     "26 blocks frozen": ("method/layer_freezing.yaml", {FREEZING: 26}),
     "LoRA, plain": ("method/lora_sequential.yaml", {}),
-    "LoRA, by entry": ("method/agcl_lora.yaml", {}),
-    "LoRA, by direction": ("method/agcl.yaml", {"model.adapter": LORA}),
+    "LoRA, by entry": ("method/agcl_lora_entries.yaml", {}),
+    "LoRA, by direction": ("method/agcl_lora.yaml", {}),
+    "4 old rows": ("method/replay.yaml", REPLAY),
+    "by direction, 4 old rows": ("method/agcl.yaml", REPLAY),
+    "by entry": ("method/agcl_entries.yaml", {}),
+    "by entry, 4 old rows": ("method/agcl_replay.yaml", REPLAY),
+    "by entry, single-task model": ("method/agcl_single_task.yaml", {}),
+    "by entry, scored anew": ("method/agcl_reestimated.yaml", {}),
+    "by entry, mean over tasks": ("method/agcl_entries.yaml", {f"{CALLBACK}.merge": "mean"}),
+    "by entry, probabilistic or": ("method/agcl_entries.yaml", {f"{CALLBACK}.merge": "probabilistic_or"}),
+    "SGD": ("method/sequential.yaml", SGD),
+    "SGD, gradient gate": ("method/agcl_entries.yaml", SGD | {f"{CALLBACK}.gate": "gradient"}),
+    "SGD, by direction": ("method/agcl.yaml", SGD),
 }
+ESTIMATORS = {  # each as a gate by entry: configuration, estimator
+    "AttnLRP, squared": ("agcl_entries", None),
+    "AttnLRP, relevance": ("agcl_entries", ("LRP", {"score": "relevance"})),
+    "CP-LRP, squared": ("agcl_cplrp", None),
+    "no rules, squared": ("agcl_entries", ("LRP", {"rule": "none", "score": "sensitivity"})),
+    "gradient x weight": ("agcl_gradient_weight", None),
+    "Fisher": ("agcl_fisher", None),
+    "empirical Fisher": ("agcl_empirical_fisher", None),
+    "MAS": ("agcl_mas", None),
+    "SPG": ("agcl_mas", ("SPG", {})),
+    "Wanda": ("agcl_wanda", None),
+    "magnitude": ("agcl_magnitude", None),
+    "change": ("agcl_change", None),
+    "random": ("agcl_random", None),
+}
+for name, (method, estimator) in ESTIMATORS.items():
+    # By rank the importance of a tensor is spread evenly over [0, 1]: mean plasticity is 1 / 9 whatever the score.
+    rank = {f"{CALLBACK}.importance.normalisation": "rank", f"{CALLBACK}.strength": 8.0}
+    if estimator:
+        rank[f"{CALLBACK}.estimator"] = {
+            "class_path": f"agcl.attribution.estimators.{estimator[0]}",
+            "init_args": estimator[1],
+        }
+    RIVALS[f"by rank of {name}"] = (f"method/{method}.yaml", rank)
 
 
 def arguments(options, folder):

@@ -3,12 +3,14 @@
 from functools import partial
 from pathlib import Path
 
+import pytest
 import torch
 import yaml
 from lightning.pytorch import Callback, Trainer, seed_everything
 
 from agcl.attribution import ImportanceConfig
-from agcl.callbacks import AttributionCallback
+from agcl.attribution.directions import shares_kept
+from agcl.callbacks import AttributionCallback, Directions
 from agcl.data.datamodule import ContinualDataModule
 from agcl.data.tasks import Task
 from agcl.module import ContinualLM
@@ -84,6 +86,20 @@ def attribution(**options):
     # Each weight gated on its own, unless a test says otherwise: what most of them are about.
     usual = {"num_samples": 3, "importance": ImportanceConfig(quantile=0.3), "directions": None}
     return AttributionCallback(**{**usual, **options})
+
+
+def by_direction(plasticity=0.5, every=1, own_text=0, **options):
+    directions = Directions(plasticity, every=every, own_text=own_text, own_tokens=16)
+    return attribution(directions=directions, **options)
+
+
+def check_budget(callback, budget, plasticity):
+    """Matrices may go as far as the budget says, or, where more directions than that are not used, further."""
+    for name, moment in callback._directions.moments.sums.items():
+        shares, _ = shares_kept(moment, budget)
+        assert shares.mean() > budget - 1e-4
+        gated = name.replace("base_layer", "lora_A.learning")
+        assert plasticity[gated] == pytest.approx(float(shares.mean()), abs=1 / 255)
 
 
 def trainer_for(data, run_dir: Path, callbacks=(), **options):

@@ -16,6 +16,7 @@ Intelligence 2019, arXiv 1810.01256), gradient projection memory (Saha et al., I
 """
 
 import math
+import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -41,6 +42,7 @@ from agcl.errors import AgclError, UnsupportedModelError
 
 _ROUNDING = 1e-12  # of a squared gradient
 _FREE = 1 / 255  # of a step held back, as little as 8 bits of importance can say of an entry
+_PAIR = re.compile(r"\.lora_(embedding_)?[AB]\.")  # as in agcl.task_pairs, which needs PEFT
 _LEAST = 2.0**-20  # of the largest eigenvalue: below are rounding errors
 Control = Literal["none", "shuffled", "flattened"]
 
@@ -48,8 +50,9 @@ Control = Literal["none", "shuffled", "flattened"]
 def find_matrices(model: nn.Module, parameters: Sequence[str], sample: Sample, rule: GradientRule) -> dict[str, bool]:
     """Find the parameters that are weight matrices of linear maps.
 
-    Left out are embeddings, also where they are tied to the output's weights, everything that is no matrix, and what a
-    sample does not pass or that experts share out among tokens.
+    Left out are embeddings, also where they are tied to the output's weights, everything that is no matrix, what a
+    sample does not pass or that experts share out among tokens, and a LoRA pair: either of its matrices changes what
+    the other's inputs do, and of the few inputs of the second none is left free.
 
     Args:
         model: A causal language model.
@@ -65,6 +68,9 @@ def find_matrices(model: nn.Module, parameters: Sequence[str], sample: Sample, r
         UnsupportedModelError: As :func:`agcl.attribution.lrp.lrp_rules`.
     """
     kinds: dict[str, set[str]] = {}
+    parameters = [name for name in parameters if not _PAIR.search(name)]
+    if not parameters:
+        return {}
 
     def on_use(name: str, use: Use, output: Tensor) -> None:
         is_whole = use.experts is None and output.requires_grad
@@ -177,7 +183,7 @@ def input_moments(
     """``A`` of each matrix: second moments of its inputs, weighted by the squared gradient at its outputs.
 
     Args:
-        evidence: Model, rows and parameters, of which those that are no matrices are left out; ``num_used`` is set.
+        evidence: Model and rows; ``num_used`` is set.
         estimator: Whose objective's gradient is taken, under its rules.
         transposed: The matrices, as from :func:`find_matrices`.
         weighted: See :class:`MomentSums`.
@@ -186,8 +192,7 @@ def input_moments(
         The moments; of no matrix, if no row is used.
     """
     sums = MomentSums(transposed, weighted=weighted)
-    names = [name for name in evidence.parameters if name in transposed]
-    observed = replace(evidence, parameters=names, per_sample=True, observe=sums.observe)
+    observed = replace(evidence, parameters=list(transposed), per_sample=True, observe=sums.observe)
     estimator.visit(observed, consume=lambda *_: None, consume_pieces=lambda *_: None)
     evidence.num_used = observed.num_used
     return sums.moments()

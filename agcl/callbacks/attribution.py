@@ -28,6 +28,7 @@ from agcl.errors import AgclError
 from agcl.gating import GradientGate, UpdateGate, cancels_gradient_gate, choose_gate, flattened, shuffled
 from agcl.own_text import text_samples, write_text
 from agcl.shards import has_shards
+from agcl.task_pairs import activate, add_pairs, has_pairs, pairs_problem, past_bytes, set_aside
 
 Source = Literal["running", "single_task"]
 
@@ -145,7 +146,7 @@ class AttributionCallback(Callback):
         """Number of task boundaries passed, those included where nothing was answered correctly."""
         self._attached: GradientGate | UpdateGate | None = None
         self._task_begun: int | None = None
-        self._kept_bytes = 0  # of old tasks' rows
+        self._kept_bytes = 0  # of old tasks' rows or pairs, of which there are never both
 
     @property
     def importance(self) -> dict[str, Tensor]:
@@ -158,7 +159,7 @@ class AttributionCallback(Callback):
         return self._so_far.files
 
     def extra_bytes(self) -> int:
-        """Bytes of tensors and old rows kept between steps beyond plain fine-tuning; shared memory counts once."""
+        """Bytes of tensors, old rows and pairs kept beyond plain fine-tuning; shared memory counts once."""
         held = [*_tensors(self.state_dict()), *(self._attached.held_importance() if self._attached else ())]
         held += self._directions.held() if self._directions else []
         storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in held}
@@ -175,10 +176,36 @@ class AttributionCallback(Callback):
             )
         if self._is_auto and isinstance(trainer.strategy, ModelParallelStrategy):
             self._directions = None
+        model = pl_module.model
+        if model is not None and not has_pairs(model) and hasattr(model, "peft_config"):
+            self._drop_directions("this ContinualLM holds a model with an adapter already; make a new one")
+        self.check_adapter(pl_module.adapter)
+        if self._gates_pairs(pl_module) and model is None:
+            pl_module.model_changes.append(lambda: add_pairs(pl_module.model, len(pl_module.tasks)))
+
+    def check_adapter(self, adapter: dict[str, Any] | None) -> None:
+        """Raise if an adapter cannot be gated by direction as asked for; by entry it can.
+
+        Args:
+            adapter: ``model.adapter`` of the ``ContinualLM``.
+        """
+        if problem := pairs_problem(adapter):
+            self._drop_directions(problem)
+
+    def _drop_directions(self, problem: str) -> None:
+        if self._directions and not self._is_auto:
+            raise AgclError(f"`directions` gives each task a LoRA pair of its own, but {problem}; `directions: null`.")
+        self._directions = None
+
+    def _gates_pairs(self, pl_module: Any) -> bool:
+        return self._directions is not None and pl_module.adapter is not None
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Check regime, optimizer, parameters and architecture before anything is trained."""
         self.check_regime(pl_module.tasks.regime)
+        if self._gates_pairs(pl_module):  # on resuming those of the tasks learned
+            activate(pl_module.model, min(self.num_boundaries, len(pl_module.tasks) - 1))
+            self._kept_bytes = past_bytes(pl_module.model)
         if self.source == "single_task":
             check_single_task(trainer)
             self._initial = self._initial or InitialModel.of(pl_module)
@@ -270,6 +297,8 @@ class AttributionCallback(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Score the weights as the gate leaves them."""
         self._close_directions()
+        if self._gates_pairs(pl_module):
+            activate(pl_module.model, min(self.num_boundaries, len(pl_module.tasks) - 1))
 
     def _close_directions(self) -> None:
         if self._directions:
@@ -279,7 +308,7 @@ class AttributionCallback(Callback):
         """Gate the first task by the directions of what the model writes by itself."""
         assert self._directions is not None
         options, seed = self._directions.options, self._resolved_seed(trainer)
-        if not self._directions.moments.sums:
+        if begins := not self._directions.moments.sums:
             start = time.perf_counter()
             shown = activity(trainer, "Attribution of what the model writes itself", options.own_text, "pieces")
             with shown as advance, trainer.precision_plugin.forward_context():
@@ -291,19 +320,22 @@ class AttributionCallback(Callback):
                 f"Before the first task: {len(pieces)} pieces of {pieces.shape[1]} tokens, which the model wrote "
                 f"itself, in {time.perf_counter() - start:.0f} s; what they rest on is held from the start."
             )
-        self._directions.attach(self._optimizer(trainer), pl_module.model, seed, is_last=False)
+        self._directions.attach(self._optimizer(trainer), pl_module.model, seed, is_last=False, begins=begins)
 
     def _pass_boundary(self, trainer: Trainer, pl_module: Any, index: int) -> None:
         # On resuming, Lightning may run an epoch's end again, or never have run it: what is there is kept.
-        if self.num_boundaries <= index:
+        is_last, begins = index + 1 == len(pl_module.tasks), self.num_boundaries <= index
+        if begins:
             if self._directions:
                 self._directions.make_up(self._optimizer(trainer), pl_module.model, self._resolved_seed(trainer))
             if self.reestimate:
                 self._reestimate(trainer, pl_module, index)
             self._learn_importance(trainer, pl_module, index)
             self.num_boundaries = index + 1
-        if self.files:
-            self._attach_gate(trainer, pl_module, is_last=index + 1 == len(pl_module.tasks))
+            if self._gates_pairs(pl_module) and not is_last:
+                set_aside(pl_module.model, index, self._resolved_seed(trainer) + index)
+        if self.files or self._gates_pairs(pl_module):  # a fresh pair is gated anew
+            self._attach_gate(trainer, pl_module, is_last=is_last, begins=begins)
 
     def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Leave no hook behind."""
@@ -407,7 +439,7 @@ class AttributionCallback(Callback):
 
     # --------------------------------------------------------------------- gate
 
-    def _attach_gate(self, trainer: Trainer, pl_module: Any, *, is_last: bool) -> None:
+    def _attach_gate(self, trainer: Trainer, pl_module: Any, *, is_last: bool, begins: bool) -> None:
         self._detach_gate()
         seed = self._resolved_seed(trainer)
         importance, is_sharded = self.importance, has_shards(pl_module.model)
@@ -417,8 +449,8 @@ class AttributionCallback(Callback):
             importance = flattened(importance)
         optimizer = self._optimizer(trainer)
         if self._directions:
-            self._directions.attach(optimizer, pl_module.model, seed, is_last=is_last)
-            importance = {name: t for name, t in importance.items() if name not in self._directions.names()}
+            self._directions.attach(optimizer, pl_module.model, seed, is_last=is_last, begins=begins)
+            importance = {name: t for name, t in importance.items() if not self._directions.leaves_out(name)}
             if not importance:
                 return
         kind = self.gate

@@ -12,6 +12,7 @@ from agcl.attribution.estimators import Estimator, Evidence, PerSampleGradient
 from agcl.attribution.passes import Sample
 from agcl.errors import AgclError
 from agcl.gating import DirectionalGate
+from agcl.task_pairs import is_of_pair, pairs_of
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,7 @@ class DirectionsSoFar:
         self.dtype = torch.float32
         self._estimator, self._control = estimator, control
         self._transposed: dict[str, bool] = {}
+        self._pairs: dict[str, str] = {}
         self._is_seen = False
         self._gate: DirectionalGate | None = None
         self._plasticity: dict[str, float] = {}
@@ -101,13 +103,20 @@ class DirectionsSoFar:
         Raises:
             UnsupportedModelError: If the rules do not see into the model.
         """
-        self._transposed = find_matrices(model, parameters, sample, self._estimator.rule)
-        self._is_seen = bool(self._transposed) and is_seen(model, parameters, sample, self._estimator)
+        self._pairs = pairs_of(model, parameters)
+        self._transposed = find_matrices(model, [*parameters, *self._pairs], sample, self._estimator.rule)
+        self._is_seen = (
+            bool(self._transposed) and not self._pairs and is_seen(model, parameters, sample, self._estimator)
+        )
         return bool(self._transposed)
 
     def names(self) -> set[str]:
         """The matrices that are gated by direction, once a task is learned."""
-        return set(self.moments.sums)
+        return {self._pairs.get(name, name) for name in self.moments.sums}
+
+    def leaves_out(self, name: str) -> bool:
+        """Whether a parameter is not to be gated by entry: it is by direction, or belongs to a pair of this task."""
+        return name in self.names() or (bool(self._pairs) and is_of_pair(name))
 
     def observer(self) -> MomentSums | None:
         """For `learn`, to see the backward passes in which the parameters are scored; None if it cannot."""
@@ -125,17 +134,42 @@ class DirectionsSoFar:
             found = input_moments(evidence, self._estimator, self._transposed, weighted=self.options.weighted)
         self.moments += found.normalised()
 
-    def attach(self, optimizer: torch.optim.Optimizer, model: nn.Module, seed: int, *, is_last: bool) -> None:
-        """Gate what is learned from now on, which is nothing if the last task is learned: maps take a while to make."""
+    def attach(
+        self, optimizer: torch.optim.Optimizer, model: nn.Module, seed: int, *, is_last: bool, begins: bool = False
+    ) -> None:
+        """Gate what is learned from now on, which is nothing if the last task is learned: maps take a while to make.
+
+        Args:
+            optimizer: Of the model.
+            model: The model.
+            seed: Of random directions.
+            is_last: Whether the last task is learned.
+            begins: Whether nothing of the task was learned: its pairs are then turned to what is free.
+        """
         self.detach()
-        self._plasticity = dict.fromkeys(self.moments.sums, self.options.plasticity)
+        self._plasticity = dict.fromkeys(self.names(), self.options.plasticity)
         if self.moments.sums and not is_last:
             found = self.moments.maps(self.options.plasticity, self.options.sharpness, self._control, seed)
-            maps = {name: (held.to(self.dtype), is_transposed) for name, (held, is_transposed) in found.items()}
+            if begins:
+                self._turn_pairs(model, found)
+            # A pair's first matrix meets the inputs that the weights beside it do, and is never transposed.
+            maps = {
+                self._pairs.get(name, name): (held.to(self.dtype), is_transposed and name not in self._pairs)
+                for name, (held, is_transposed) in found.items()
+            }
             gate = DirectionalGate(model.named_parameters(), maps, self.options.every, **self._interrupted)
             self._gate = gate.attach(optimizer)
             self._plasticity = gate.plasticity()  # more than the budget, where more directions than that are not used
         self._interrupted = {}
+
+    @torch.no_grad()
+    def _turn_pairs(self, model: nn.Module, maps: dict[str, tuple[Tensor, bool]]) -> None:
+        """``A <- A P``: whatever ``B`` becomes, the pair then answers little to inputs that are held."""
+        parameters = dict(model.named_parameters())
+        for name, down in self._pairs.items():
+            if name in maps:
+                held, weight = maps[name][0], parameters[down]
+                weight.copy_(weight.float() - (weight.float() @ held) @ held.T)
 
     def make_up(self, optimizer: torch.optim.Optimizer, model: nn.Module, seed: int) -> None:
         """Before anything new is learned: map what had moved since the last product when a checkpoint was written."""

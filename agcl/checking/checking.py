@@ -292,6 +292,7 @@ def _leave_plasticity(found: Check, earlier: Earlier, config: Any, model: Any) -
 def _attribution(found: Check, config: Any, callback: AttributionCallback, optimizer: Any) -> None:
     with found.collecting():
         callback.check_regime(config.data.regime)
+        callback.check_adapter(config.model.adapter)
     if optimizer is not None and (warning := callback.gate_warning(optimizer)):
         found.notes.append(warning)
     row = next((each.splits[0].sample for each in found.tasks if each.splits[0].sample), None)

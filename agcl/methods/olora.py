@@ -1,17 +1,16 @@
 """Orthogonal low-rank adaptation (O-LoRA; Wang et al., EMNLP Findings 2023, arXiv 2310.14152)."""
 
 from collections.abc import Sequence
-from copy import deepcopy
 from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from agcl.errors import AgclError
 from agcl.methods.interface import TaskMethod
+from agcl.task_pairs import add_adapters
 
 
 class OLoRA(TaskMethod):
@@ -72,27 +71,6 @@ class OLoRA(TaskMethod):
     def extra_bytes(self) -> int:
         """Of the other tasks' adapters."""
         return sum(parameter.nbytes for parameter in self._idle)
-
-
-def add_adapters(model: Any, names: Sequence[str]) -> None:
-    """Replace a PEFT model's only adapter by several of the same configuration, all of them active and trainable.
-
-    Args:
-        model: Changed in place; draws the new weights from the default generator.
-        names: Of the new adapters.
-
-    Raises:
-        AgclError: If the model has no LoRA adapter.
-    """
-    config = model.active_peft_config if isinstance(model, PeftModel) else None
-    if not isinstance(config, LoraConfig):
-        raise AgclError("OLoRA gives each task a LoRA adapter: set `model.adapter` to {peft_type: LORA, ...}.")
-    before = model.active_adapter
-    for name in names:
-        model.add_adapter(name, deepcopy(config))
-    model.set_adapter(names[0])
-    model.delete_adapter(before)
-    model.base_model.set_adapter(list(names))
 
 
 def orthogonality(pairs: Sequence[tuple[Tensor, Sequence[Tensor]]]) -> Tensor:

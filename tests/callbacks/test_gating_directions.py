@@ -2,28 +2,25 @@
 
 import pytest
 import torch
-from helpers import EPOCHS, CrashAt, CrashError, WeightsAtBoundaries, attribution, build, trainer_for, weights
+from helpers import (
+    EPOCHS,
+    CrashAt,
+    CrashError,
+    WeightsAtBoundaries,
+    attribution,
+    build,
+    by_direction,
+    check_budget,
+    trainer_for,
+    weights,
+)
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from transformers import AutoModelForCausalLM
 
-from agcl.attribution.directions import shares_kept
 from agcl.attribution.estimators import Wanda
 from agcl.callbacks import AttributionCallback, Directions
 from agcl.errors import AgclError
-
-
-def by_direction(plasticity=0.5, every=1, own_text=0, **options):
-    directions = Directions(plasticity, every=every, own_text=own_text, own_tokens=16)
-    return attribution(directions=directions, **options)
-
-
-def check_budget(callback, budget, plasticity):
-    """Matrices may go as far as the budget says, or, where more directions than that are not used, further."""
-    for name in callback._directions.names():
-        shares, _ = shares_kept(callback._directions.moments.sums[name], budget)
-        assert shares.mean() > budget - 1e-4
-        assert plasticity[name] == pytest.approx(float(shares.mean()), abs=1 / 255)
 
 
 def fit(folder, files, run_dir, callback, **options):
@@ -239,21 +236,6 @@ def test_bad_options_are_refused(make, message):
 def test_without_a_matrix_it_is_refused_before_training(llama_folder, task_files, tmp_path):
     with pytest.raises(AgclError, match="none of the selected parameters is one"):
         fit(llama_folder, task_files, tmp_path, by_direction(parameters="norm"))
-
-
-def test_an_adapter_is_gated_by_direction(llama_folder, task_files, tmp_path, knowing):
-    adapter = {"peft_type": "LORA", "r": 4, "target_modules": ["q_proj", "down_proj"]}
-    model, data = build(llama_folder, task_files[:2], adapter=adapter)
-    callback, seen = by_direction(0.6), []
-
-    class Plasticity(Callback):
-        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            seen.append(callback.plasticity())
-            if seen[-1]:
-                check_budget(callback, 0.6, seen[-1])
-
-    trainer_for(data, tmp_path, [callback, Plasticity()]).fit(model, datamodule=data)
-    assert len(seen[-1]) == 2 * 2 * 2  # A and B of two maps in two layers
 
 
 def gated_by_direction(callback, folder, files, run_dir):
