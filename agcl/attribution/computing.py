@@ -160,7 +160,7 @@ def _matrices_of(model: nn.Module, names: list[str], sample: Sample, estimator: 
     if not matrices:
         raise AgclError(
             "None of the selected parameters is known to be a weight matrix of a linear map, so there are no "
-            "directions of its inputs; gate by importance instead."
+            "directions of its inputs (a LoRA pair has none of its own); gate by importance instead."
         )
     return matrices
 

@@ -57,6 +57,10 @@ class AttributionCallback(Callback):
     written, too, but not gated by. For a matrix of shape (out, in) of which ``held`` directions are held back,
     4 (out + in + held) in bytes are held between steps, 2 held in less under ``bf16-mixed``.
 
+    Of a LoRA adapter that ``ContinualLM`` makes, each task then learns a pair of its own: with ``W`` the weights that it
+    is beside, ``A`` begins and moves by the directions of ``W``'s inputs, so that inputs that are held hardly reach
+    ``B``, which is free. When a task ends, its pair is frozen. The saved adapter holds the pairs of all tasks.
+
     Args:
         gate: ``gradient`` rescales gradients by backward hooks (the paper; cancelled by Adam-like optimizers),
             ``update`` rescales the optimizer's whole step, ``auto`` picks what protects under the optimizer in use.

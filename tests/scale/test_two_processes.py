@@ -13,6 +13,7 @@ from conftest import save_tiny_model, write_rows
 from helpers import attribution, build, trainer_for, weights, write_config
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from two_processes import LORA
 
 from agcl.attribution.artefact import load_importance
 from agcl.callbacks import Directions
@@ -63,12 +64,13 @@ def two_processes(llama_folder, task_files, tmp_path_factory):
     )
     said = [line for line in finished.stderr.splitlines() if "[rank" in line or "error: " in line]
     assert finished.returncode == 0, "\n".join(said)
-    names = ("ddp", "fsdp", "directions", "stopped", "dropout", "dropout.straight", "fitted")
+    names = ("ddp", "fsdp", "directions", "pairs", "stopped", "dropout", "dropout.straight", "fitted")
     return {"folder": out, **{name: torch.load(out / f"{name}.pt") for name in names}}
 
 
-def run_alone(folder, files, out, **options):
-    model, data = build(folder, files, batch_size=4, optimizer=partial(torch.optim.AdamW, lr=0.02, weight_decay=0.1))
+def run_alone(folder, files, out, adapter=None, **options):
+    optimizer = partial(torch.optim.AdamW, lr=0.02, weight_decay=0.1)
+    model, data = build(folder, files, batch_size=4, optimizer=optimizer, adapter=adapter)
     callback = attribution(num_samples=3, **options)
     trainer_for(data, out, [callback]).fit(model, datamodule=data)
     return model, callback
@@ -99,10 +101,15 @@ def test_importance_gate_and_scores_are_those_of_one_process(one_process, two_pr
             assert torch.allclose(found["weights"][parameter], expected, atol=1e-3), (name, parameter)
 
 
-def test_directions_under_ddp_are_those_of_one_process(llama_folder, task_files, tmp_path, knowing, two_processes):
-    model, _ = run_alone(llama_folder, task_files, tmp_path, directions=Directions(0.8, every=2))
+@pytest.mark.parametrize(("run", "adapter"), [("directions", None), ("pairs", LORA)])
+def test_directions_under_ddp_are_those_of_one_process(
+    llama_folder, task_files, tmp_path, knowing, two_processes, run, adapter
+):
+    model, _ = run_alone(llama_folder, task_files, tmp_path, adapter, directions=Directions(0.8, every=2))
+    found = two_processes[run]["weights"]
+    assert found.keys() == weights(model.model).keys()
     for name, expected in weights(model.model).items():
-        assert torch.allclose(two_processes["directions"]["weights"][name], expected, atol=1e-3), name
+        assert torch.allclose(found[name], expected, atol=1e-3), name
 
 
 def test_importance_is_split_as_the_weights_are(two_processes):

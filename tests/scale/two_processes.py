@@ -22,6 +22,7 @@ from agcl.cli import main as agcl
 from agcl.errors import AgclError
 from agcl.ranks import ALONE, Ranks
 
+LORA = {"peft_type": "LORA", "r": 4, "target_modules": "all-linear"}
 CASES = [
     (LRP(), {}),
     (LRP(score="sensitivity"), {"top_k": 2, "top_k_method": "exact"}),
@@ -71,13 +72,14 @@ def check_estimators(folder, ranks):
             assert (difference > 0).float().mean() < 0.02, (type(estimator), options, name)
 
 
-def run(strategy, folder, files, out, callbacks=(), epochs=EPOCHS, **options):
+def run(strategy, folder, files, out, callbacks=(), epochs=EPOCHS, adapter=None, **options):
     model, data = build(
         folder,
         files,
         batch_size=2,
         optimizer=partial(torch.optim.AdamW, lr=0.02, weight_decay=0.1),
         task_options={"epochs": epochs},
+        adapter=adapter,
     )
     torch.manual_seed(Ranks.of_this_run().rank)  # as if batches of other lengths had drawn other dropout
     callback = attribution(num_samples=3, **options)
@@ -144,6 +146,7 @@ def main(folder, out, *files):
         ("ddp", DDPStrategy(), {}),
         ("fsdp", sharded(), {}),
         ("directions", DDPStrategy(), by_direction),
+        ("pairs", DDPStrategy(), by_direction | {"adapter": LORA}),
     ):
         trainer, model, data, callback = run(strategy, folder, files, out / name, **options)
         trainer.fit(model, datamodule=data)
