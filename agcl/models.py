@@ -239,14 +239,26 @@ def save_model(model: Any, folder: str | Path, is_writer: bool = True) -> None:
         model = deepcopy(model).merge_and_unload()  # OSF cannot undo merging
     if isinstance(model, PeftModel) and len(model.active_adapters) > 1:
         _save_sum(model, str(folder))
+    elif isinstance(model, PeftModel):
+        _save_one(model, Path(folder))
     else:
         model.save_pretrained(str(folder))
+
+
+def _save_one(model: Any, folder: Path) -> None:
+    model.save_pretrained(str(folder), selected_adapters=model.active_adapters)
+    named = folder / model.active_adapters[0]
+    if named.is_dir():  # not PEFT's own name, for which alone it needs no folder
+        for file in named.iterdir():
+            file.replace(folder / file.name)
+        named.rmdir()
 
 
 def _save_sum(model: Any, folder: str) -> None:
     learning = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     active = list(model.active_adapters)
     model.add_weighted_adapter(active, [1.0] * len(active), "default", combination_type="cat")
+    model.peft_config["default"].use_rslora = False  # whose scale PEFT has put into the weights
     model.save_pretrained(folder, selected_adapters=["default"])
     model.delete_adapter("default")
     model.base_model.set_adapter(active)

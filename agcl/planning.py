@@ -25,7 +25,7 @@ from agcl.errors import AgclError
 from agcl.forecast import MACHINES, Forecast, Machine, ModelSize, Precision, Settings, Work, forecast
 from agcl.lightning_cli import FitConfiguration
 from agcl.models import load_config
-from agcl.task_pairs import pairs_problem
+from agcl.task_pairs import add_pairs, pairs_problem, unfit_pairs
 
 DESCRIPTION = "Print what memory and time `agcl fit` with this configuration would take; nothing is loaded."
 
@@ -88,7 +88,7 @@ def model_size(config: Any, built: Any = None) -> ModelSize:
     Raises:
         AgclError: If the configuration cannot be loaded, or no model built from it.
     """
-    built, callback = weightless_model(config.model) if built is None else built, attribution_options(config)
+    built, callback = model_of(config) if built is None else built, attribution_options(config)
     if callback is None:
         return size_of(built, {})
     gated = gated_sizes(built, callback.get("parameters", ""))
@@ -169,6 +169,24 @@ def _directions(callback: Any) -> Directions:
     """The options of a gate by direction, those that are left out included."""
     given = callback.get("directions", "auto")
     return Directions() if given in ("auto", None) else Directions(**given)
+
+
+def model_of(config: Any) -> Any:
+    """The model of a run on the meta device: shapes alone; with the pairs of all tasks, if each gets its own.
+
+    Args:
+        config: Of ``agcl fit``.
+
+    Raises:
+        AgclError: If the configuration cannot be loaded, or no model built from it.
+    """
+    built, callback = weightless_model(config.model), attribution_options(config)
+    if callback is not None and config.model.adapter is not None and _gates_by_direction(config, callback):
+        names = list(gated_sizes(built, callback.get("parameters", "")))
+        if unfit_pairs(built, names) is None:
+            with torch.device("meta"):
+                add_pairs(built, len(config.data.tasks))
+    return built
 
 
 def weightless_model(model: Any) -> Any:

@@ -1,7 +1,7 @@
 """LoRA pairs task by task: what a task has learned is set aside, and the next one begins with a fresh pair."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -11,23 +11,48 @@ from peft.tuners.lora import LoraLayer
 
 from agcl.errors import AgclError
 
-_PAIR = re.compile(r"\.lora_(embedding_)?[AB]\.")  # PEFT's names
-
-LEARNING = "learning"
-"""Name of the adapter that learns; those of the tasks before are named by `_past`."""
+LEARNING = "learning"  # name of the adapter that learns; of those of the tasks before: `_past`
+_ALONE = {  # what PEFT allows to one adapter only, or cannot add up
+    "use_dora": "magnitudes",
+    "modules_to_save": "whole modules",
+    "lora_bias": "biases",
+    "trainable_token_indices": "tokens",
+    "target_parameters": "parameters that are no module's weight",
+}
 
 
 def pairs_problem(adapter: Mapping[str, Any] | None) -> str | None:
     """Why a ``model.adapter`` cannot be given to each task anew, if so; None also without an adapter."""
     if adapter is None:
         return None
-    if str(adapter.get("peft_type", "")).upper() != "LORA":
-        return f"of adapters it can do with LoRA, not with {adapter.get('peft_type')}"
-    if adapter.get("init_lora_weights", True) not in (True, "gaussian"):
-        return f"`adapter.init_lora_weights: {adapter['init_lora_weights']}` does not begin at the model as it is"
-    for option in ("use_dora", "modules_to_save"):
+    if adapter.get("peft_type") != "LORA":
+        return f"`adapter.peft_type` is {adapter.get('peft_type')}, not LORA"
+    if (init := adapter.get("init_lora_weights", True)) not in (True, "gaussian"):
+        return f"`adapter.init_lora_weights: {init}` cannot be drawn anew for each task; take true or gaussian"
+    if (bias := adapter.get("bias", "none")) != "none":
+        return f"`adapter.bias: {bias}` leaves biases to be learned that all tasks share"
+    for option, what in _ALONE.items():
         if adapter.get(option):
-            return f"`adapter.{option}` leaves more than low-rank matrices to be learned"
+            return f"`adapter.{option}` leaves {what} to be learned that no task can have for itself"
+    return None
+
+
+def unfit_pairs(model: Any, parameters: Sequence[str]) -> str | None:
+    """Why the adapter that PEFT has made of a configuration cannot be given to each task anew, if so.
+
+    Args:
+        model: With or without adapters.
+        parameters: Names of those to be gated.
+    """
+    layers = _layers(model)
+    if not layers:
+        return None
+    if any(config.target_parameters for config in getattr(model, "peft_config", {}).values()):
+        return "`adapter.target_modules` takes in experts' parameters, of which no task can have a pair for itself"
+    if any(len(layer.lora_embedding_A) for layer in layers):
+        return "`adapter.target_modules` takes in an embedding, whose inputs have no directions"
+    if not pairs_of(model, parameters):
+        return "no pair's first matrix (`lora_A`) is both selected and beside weights in floating point"
     return None
 
 
@@ -65,7 +90,7 @@ def add_pairs(model: Any, num_tasks: int) -> None:
         num_tasks: At least 1.
     """
     add_adapters(model, [LEARNING, *map(_past, range(num_tasks - 1))])
-    activate(model, 0)
+    model.base_model.set_adapter(LEARNING)
 
 
 def has_pairs(model: Any) -> bool:
@@ -73,12 +98,14 @@ def has_pairs(model: Any) -> bool:
     return LEARNING in getattr(model, "peft_config", {})
 
 
-def activate(model: Any, num_past: int) -> None:
-    """Have the first pairs that were set aside work in the forward pass, and the learning one learn alone."""
-    past = [_past(index) for index in range(num_past)]
-    if model.active_adapters != [LEARNING, *past]:
-        model.base_model.set_adapter([LEARNING, *past])
-        model.set_requires_grad(past, requires_grad=False)
+def activate(model: Any) -> None:
+    """Have the pairs that were set aside work in the forward pass, and the learning one learn alone."""
+    past = {name for layer in _layers(model) for name, up in layer.lora_B.items() if up.weight.any()} - {LEARNING}
+    # The learning one last: in this order the sum stays the same to the last bit when it is set aside.
+    order = [name for name in model.peft_config if name in past] + [LEARNING]
+    if model.active_adapters != order:
+        model.base_model.set_adapter(order)
+        model.set_requires_grad(order[:-1], requires_grad=False)
 
 
 @torch.no_grad()
@@ -95,11 +122,10 @@ def set_aside(model: Any, index: int, seed: int) -> None:
     with torch.random.fork_rng(devices=sorted(device.index for device in devices)):
         torch.manual_seed(seed)
         for layer in _layers(model):
-            for pairs in (getattr(layer, name) for name in layer.adapter_layer_names):
-                if LEARNING in pairs:
-                    _copy(pairs[LEARNING], pairs[_past(index)])
+            for pairs in (layer.lora_A, layer.lora_B):
+                pairs[_past(index)].load_state_dict(pairs[LEARNING].state_dict())
             layer.reset_lora_parameters(LEARNING, init)
-    activate(model, index + 1)
+    activate(model)
 
 
 def pairs_of(model: Any, parameters: Sequence[str]) -> dict[str, str]:
@@ -119,9 +145,10 @@ def pairs_of(model: Any, parameters: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def is_of_pair(name: str) -> bool:
-    """Whether a parameter is one of a LoRA pair, by its name."""
-    return bool(_PAIR.search(name))
+def num_pairs(names: Iterable[str]) -> int:
+    """How many tasks have or get a pair, by the names of a model's parameters; 0 if none is learning."""
+    found = {match[1] for name in names if (match := re.search(r"\.lora_A\.(\w+)\.", name))}
+    return len(found) if LEARNING in found else 0
 
 
 def past_bytes(model: Any) -> int:
@@ -136,11 +163,3 @@ def _past(index: int) -> str:
 
 def _layers(model: Any) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, LoraLayer)]
-
-
-def _copy(source: Any, target: Any) -> None:
-    """Of modules, or of the parameters of an embedding's pair."""
-    if isinstance(source, torch.nn.Module):
-        target.load_state_dict(source.state_dict())
-    else:
-        target.copy_(source)

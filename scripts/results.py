@@ -31,6 +31,11 @@ def quickstart() -> str:
     return _comparison(QUICKSTART)
 
 
+def quickstart_lora() -> str:
+    """Those of the same tasks learned by a LoRA adapter."""
+    return _comparison(RAW / "compare_quickstart_lora")
+
+
 def concept1k() -> str:
     """Those of the reduced Concept-1K."""
     return _comparison(RAW / "compare_concept1k_reduced")

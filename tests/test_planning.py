@@ -34,6 +34,11 @@ def test_weights_are_counted_without_the_checkpoint(llama_folder, task_files, tm
     else:
         # r * (inputs + outputs) of q, k, v, o and the three maps of the MLP, in two layers
         added = 4 * 2 * (32 + 24 + 24 + 32 + 3 * 48)
+        # Gated by direction, each of the three tasks gets a pair.
+        assert (size.weights, size.trained, size.gated) == (weights + 3 * added, added, added)
+        by_entry = {"class_path": "agcl.AttributionCallback", "init_args": {"directions": None}}
+        options = {"model__adapter": adapter, "trainer__callbacks": [by_entry]}
+        size = planning.model_size(configuration(write_config(folder, task_files, tmp_path, **options)))
         assert (size.weights, size.trained, size.gated) == (weights + added, added, added)
     assert (size.layers, size.width, size.inner) == (2, 16, 32)
 

@@ -42,7 +42,7 @@ from agcl.errors import AgclError, UnsupportedModelError
 
 _ROUNDING = 1e-12  # of a squared gradient
 _FREE = 1 / 255  # of a step held back, as little as 8 bits of importance can say of an entry
-_PAIR = re.compile(r"\.lora_(embedding_)?[AB]\.")  # as in agcl.task_pairs, which needs PEFT
+_PAIR = re.compile(r"\.lora_(embedding_)?[AB]\.")  # PEFT's names
 _LEAST = 2.0**-20  # of the largest eigenvalue: below are rounding errors
 Control = Literal["none", "shuffled", "flattened"]
 
@@ -68,7 +68,7 @@ def find_matrices(model: nn.Module, parameters: Sequence[str], sample: Sample, r
         UnsupportedModelError: As :func:`agcl.attribution.lrp.lrp_rules`.
     """
     kinds: dict[str, set[str]] = {}
-    parameters = [name for name in parameters if not _PAIR.search(name)]
+    parameters = [name for name in parameters if not is_of_pair(name)]
     if not parameters:
         return {}
 
@@ -81,6 +81,11 @@ def find_matrices(model: nn.Module, parameters: Sequence[str], sample: Sample, r
     except UnseenUseError:
         return {}
     return {n: k == {"transposed"} for n, k in kinds.items() if k in ({"linear"}, {"transposed"})}
+
+
+def is_of_pair(name: str) -> bool:
+    """Whether a parameter is one of a LoRA pair, by its name."""
+    return bool(_PAIR.search(name))
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from agcl.errors import AgclError
 from agcl.gating import GradientGate, UpdateGate, cancels_gradient_gate, choose_gate, flattened, shuffled
 from agcl.own_text import text_samples, write_text
 from agcl.shards import has_shards
-from agcl.task_pairs import activate, add_pairs, has_pairs, pairs_problem, past_bytes, set_aside
+from agcl.task_pairs import activate, add_pairs, has_pairs, pairs_problem, past_bytes, set_aside, unfit_pairs
 
 Source = Literal["running", "single_task"]
 
@@ -57,8 +57,8 @@ class AttributionCallback(Callback):
     written, too, but not gated by. For a matrix of shape (out, in) of which ``held`` directions are held back,
     4 (out + in + held) in bytes are held between steps, 2 held in less under ``bf16-mixed``.
 
-    Of a LoRA adapter that ``ContinualLM`` makes, each task then learns a pair of its own: with ``W`` the weights that it
-    is beside, ``A`` begins and moves by the directions of ``W``'s inputs, so that inputs that are held hardly reach
+    Of a LoRA adapter that ``ContinualLM`` makes, each task then learns a pair of its own: with ``W`` the weights that
+    it is beside, ``A`` begins and moves by the directions of ``W``'s inputs, so that inputs that are held hardly reach
     ``B``, which is free. When a task ends, its pair is frozen. The saved adapter holds the pairs of all tasks.
 
     Args:
@@ -180,12 +180,14 @@ class AttributionCallback(Callback):
             )
         if self._is_auto and isinstance(trainer.strategy, ModelParallelStrategy):
             self._directions = None
-        model = pl_module.model
-        if model is not None and not has_pairs(model) and hasattr(model, "peft_config"):
-            self._drop_directions("this ContinualLM holds a model with an adapter already; make a new one")
         self.check_adapter(pl_module.adapter)
-        if self._gates_pairs(pl_module) and model is None:
-            pl_module.model_changes.append(lambda: add_pairs(pl_module.model, len(pl_module.tasks)))
+        model = pl_module.model
+        if model is None:
+            pl_module.model_changes.append(lambda: self._make_pairs(pl_module))
+        elif has_pairs(model) and stage == "fit" and not trainer.ckpt_path:
+            raise AgclError("This ContinualLM has learned tasks before, each with a pair of its own; make a new one.")
+        elif hasattr(model, "peft_config") and not has_pairs(model):
+            self._drop_directions("this ContinualLM holds an adapter already, which may have learned; make a new one")
 
     def check_adapter(self, adapter: dict[str, Any] | None) -> None:
         """Raise if an adapter cannot be gated by direction as asked for; by entry it can.
@@ -196,9 +198,21 @@ class AttributionCallback(Callback):
         if problem := pairs_problem(adapter):
             self._drop_directions(problem)
 
+    def _make_pairs(self, pl_module: Any) -> None:
+        """As soon as the model is there, whose checkpoint may then be loaded."""
+        self._check_pairs(pl_module.model)
+        if self._gates_pairs(pl_module) and not has_pairs(pl_module.model):
+            add_pairs(pl_module.model, len(pl_module.tasks))
+
+    def _check_pairs(self, model: torch.nn.Module) -> None:
+        if self._directions and (problem := unfit_pairs(model, self._gatherer.names(model))):
+            self._drop_directions(problem)
+
     def _drop_directions(self, problem: str) -> None:
         if self._directions and not self._is_auto:
-            raise AgclError(f"`directions` gives each task a LoRA pair of its own, but {problem}; `directions: null`.")
+            raise AgclError(
+                f"`directions` gives each task a LoRA pair of its own, but {problem}. Or give `directions: null`."
+            )
         self._directions = None
 
     def _gates_pairs(self, pl_module: Any) -> bool:
@@ -207,8 +221,8 @@ class AttributionCallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Check regime, optimizer, parameters and architecture before anything is trained."""
         self.check_regime(pl_module.tasks.regime)
-        if self._gates_pairs(pl_module):  # on resuming those of the tasks learned
-            activate(pl_module.model, min(self.num_boundaries, len(pl_module.tasks) - 1))
+        if self._gates_pairs(pl_module):
+            activate(pl_module.model)  # on resuming, the pairs loaded
             self._kept_bytes = past_bytes(pl_module.model)
         if self.source == "single_task":
             check_single_task(trainer)
@@ -244,6 +258,7 @@ class AttributionCallback(Callback):
             sample: A row of the first task, answered right or wrong.
         """
         self._gatherer.check(model, sample)
+        self._check_pairs(model)
         if self._directions and not self._directions.find(model, self._gatherer.names(model), sample):
             if not self._is_auto:
                 raise AgclError(
@@ -302,7 +317,7 @@ class AttributionCallback(Callback):
         """Score the weights as the gate leaves them."""
         self._close_directions()
         if self._gates_pairs(pl_module):
-            activate(pl_module.model, min(self.num_boundaries, len(pl_module.tasks) - 1))
+            activate(pl_module.model)
 
     def _close_directions(self) -> None:
         if self._directions:

@@ -7,12 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from agcl.attribution.directions import Control, InputMoments, MomentSums, find_matrices, input_moments, is_seen
+from agcl.attribution.directions import (
+    Control,
+    InputMoments,
+    MomentSums,
+    find_matrices,
+    input_moments,
+    is_of_pair,
+    is_seen,
+)
 from agcl.attribution.estimators import Estimator, Evidence, PerSampleGradient
 from agcl.attribution.passes import Sample
 from agcl.errors import AgclError
 from agcl.gating import DirectionalGate
-from agcl.task_pairs import is_of_pair, pairs_of
+from agcl.task_pairs import pairs_of
 
 
 @dataclass(frozen=True)

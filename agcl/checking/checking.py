@@ -208,7 +208,7 @@ def _optimizer(found: Check, config: Any) -> torch.optim.Optimizer | None:
 def _weightless(found: Check, config: Any) -> Any:
     """The model on the meta device; None if it cannot be built."""
     with found.collecting():
-        model = planning.weightless_model(config.model)
+        model = planning.model_of(config)
         folder = Path(found.model)
         weights = [*folder.glob("*.safetensors"), *folder.glob("*.bin")] if folder.is_dir() else [folder]
         if not weights and config.model.gguf_file is None:

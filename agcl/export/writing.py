@@ -13,6 +13,7 @@ from agcl.errors import AgclError
 from agcl.files import partial_of, sync_folder, sync_tree
 from agcl.models import load_model, load_tokenizer, save_model
 from agcl.results import shown_name
+from agcl.task_pairs import activate, add_pairs, num_pairs
 
 from .card import model_card
 from .finding import Trained, read_checkpoint
@@ -84,6 +85,8 @@ def _write_checkpoint(path: Path, folder: Path, trust_remote_code: bool) -> None
         model: Any = load_model(name, dtype=dtype, **source)
         if adapter is not None:
             model = get_peft_model(model, get_peft_config({"task_type": "CAUSAL_LM", **adapter}))
+        if num_tasks := num_pairs(weights):
+            add_pairs(model, num_tasks)
         try:
             model.load_state_dict(weights)
         except RuntimeError as error:
@@ -92,5 +95,7 @@ def _write_checkpoint(path: Path, folder: Path, trust_remote_code: bool) -> None
                 f"The weights in {path} are not those of `{name}` with its adapter ({reason}). Where a method has "
                 "changed the model (O-LoRA), export the run's folder, whose final model is written as one adapter."
             ) from error
+        if num_tasks:
+            activate(model)
         save_model(model, folder)
     load_tokenizer(name, **source).save_pretrained(folder)

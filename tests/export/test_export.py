@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 import torch
-from helpers import attribution, build, trainer_for
+from helpers import attribution, build, by_direction, trainer_for
 from huggingface_hub import ModelCard
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -21,7 +21,8 @@ from agcl.errors import AgclError
 from agcl.export import find_trained
 
 IDS = torch.tensor([[5, 6, 7, 8]])
-ADAPTERS = {"full": None, "lora": {"peft_type": "LORA", "r": 2, "target_modules": "all-linear"}}
+LORA = {"peft_type": "LORA", "r": 2, "target_modules": "all-linear"}
+ADAPTERS = {"full": None, "lora": LORA, "pairs": LORA}  # pairs: one for each task, as the gate by direction has them
 EPOCHS = 2
 
 
@@ -49,15 +50,16 @@ def run(request, llama_folder, task_files, tmp_path_factory):
         model, data = build(llama_folder, task_files, **options)
         checkpoints = ModelCheckpoint(folder / "checkpoints", "{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
         logits = Logits()
-        callbacks = [attribution(), ContinualReport(), logits, checkpoints]
+        gate = by_direction() if request.param == "pairs" else attribution()
+        callbacks = [gate, ContinualReport(), logits, checkpoints]
         trainer_for(data, folder, callbacks, enable_checkpointing=True).fit(model, datamodule=data)
     scores = json.loads((folder / "scores.json").read_text())["scores"]
     return SimpleNamespace(folder=folder, base=llama_folder, kind=request.param, logits=logits.after, scores=scores)
 
 
 def exported_logits(run, output):
-    model = AutoModelForCausalLM.from_pretrained(run.base if run.kind == "lora" else output)
-    if run.kind == "lora":
+    model = AutoModelForCausalLM.from_pretrained(output if run.kind == "full" else run.base)
+    if run.kind != "full":
         model = PeftModel.from_pretrained(model, output)
     assert AutoTokenizer.from_pretrained(output).decode([5, 6]) == AutoTokenizer.from_pretrained(run.base).decode(
         [5, 6]
@@ -93,7 +95,7 @@ def test_the_card_says_what_was_measured(run, tmp_path):
     output = tmp_path / "out"
     main(["export", str(run.folder), "--output", str(output), "--task", "task1"])
     card = ModelCard.load(output / "README.md")
-    assert card.data.library_name == ("peft" if run.kind == "lora" else "transformers")
+    assert card.data.library_name == ("transformers" if run.kind == "full" else "peft")
     measured = [(result.dataset_name, result.metric_type, result.metric_value) for result in card.data.eval_results]
     assert measured == [(f"task{i}", "exact_match", round(run.scores[2][i], 4)) for i in range(2)]
     lines = {line.split(" | ")[0].removeprefix("| "): line for line in card.text.splitlines() if line.startswith("| ")}

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from continual_cases import assert_resumes, batch_of
-from helpers import EPOCHS, attribution, build, by_direction, check_budget, trainer_for
+from helpers import EPOCHS, CrashError, attribution, build, by_direction, check_budget, trainer_for
 from lightning.pytorch import Callback
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
@@ -65,9 +65,8 @@ def test_each_task_learns_a_fresh_pair_and_those_before_stay(llama_folder, task_
                 assert not begun.any(), name
                 assert after.any(), name
     assert all(pair.any() for pair in look.begun[3].values())
-    # Setting aside changes no answer.
     for end, begin in ((1, 2), (3, 4)):
-        torch.testing.assert_close(look.answers[end], look.answers[begin], rtol=1e-4, atol=1e-5)
+        assert torch.equal(look.answers[end], look.answers[begin])  # setting aside changes no answer
     for plasticity in look.budgets:
         assert len(plasticity) == 14
         assert all(".lora_A.learning." in name for name in plasticity)
@@ -123,18 +122,49 @@ def test_resumed_run_equals_the_straight_one(
     )
 
 
-def test_saved_adapter_is_loaded_by_plain_peft(llama_folder, task_files, tmp_path, knowing):
-    model, data = build(llama_folder, task_files, adapter=LORA)
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"rank_pattern": {"q_proj": 2}}])
+@pytest.mark.parametrize("num_tasks", [1, 3])
+def test_saved_adapter_is_loaded_by_plain_peft(llama_folder, task_files, tmp_path, knowing, options, num_tasks):
+    model, data = build(llama_folder, task_files[:num_tasks], adapter=LORA | options)
     trainer_for(data, tmp_path, [by_direction(), ContinualReport()]).fit(model, datamodule=data)
-    assert model.model.active_adapters == ["learning", "task0", "task1"]
+    assert model.model.active_adapters == [*(f"task{index}" for index in range(num_tasks - 1)), "learning"]
+    check_saved(model, data, tmp_path / "model", llama_folder)
+
+
+def check_saved(model, data, folder, base_folder):
     batch = batch_of(data)
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-    base = AutoModelForCausalLM.from_pretrained(llama_folder)
+    base = AutoModelForCausalLM.from_pretrained(base_folder)
     before = base(**inputs).logits
-    loaded = PeftModel.from_pretrained(base, tmp_path / "model").eval()
+    loaded = PeftModel.from_pretrained(base, folder).eval()
     ours = model.model.eval()(**inputs).logits
     torch.testing.assert_close(loaded(**inputs).logits, ours, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(before, ours, atol=1e-2)
+
+
+def test_a_model_that_has_learned_pairs_is_no_place_for_other_tasks(llama_folder, task_files, tmp_path, knowing):
+    model, data = build(llama_folder, task_files[:2], adapter=LORA)
+    trainer = trainer_for(data, tmp_path, [by_direction()])
+    trainer.fit(model, datamodule=data)
+    wanted = trainer.callback_metrics["eval/task0/nll"]
+    trainer = trainer_for(data, tmp_path, [by_direction()])
+    trainer.validate(model, datamodule=data, verbose=False)
+    assert trainer.callback_metrics["eval/task0/nll"] == wanted
+    with pytest.raises(AgclError, match="has learned tasks before, each with a pair of its own"):
+        trainer_for(data, tmp_path, [by_direction()]).fit(model, datamodule=data)
+
+
+def test_a_fit_that_failed_in_its_set_up_may_be_tried_again(llama_folder, task_files, tmp_path, knowing):
+    class Fails(Callback):
+        def on_fit_start(self, trainer, pl_module):
+            raise CrashError
+
+    model, data = build(llama_folder, task_files[:2], adapter=LORA)
+    with pytest.raises(CrashError):
+        trainer_for(data, tmp_path, [by_direction(), Fails()]).fit(model, datamodule=data)
+    model.model = None
+    trainer_for(data, tmp_path, [by_direction()]).fit(model, datamodule=data)
+    assert model.model.active_adapters == ["task0", "learning"]
 
 
 def test_checkpoint_is_validated_with_the_pairs_of_the_tasks_learned(llama_folder, task_files, tmp_path, knowing):
@@ -167,10 +197,13 @@ def test_bytes_are_counted(llama_folder, task_files, tmp_path, knowing):
 
 
 OTHERS = [
-    ({"peft_type": "IA3", "target_modules": ["v_proj"], "feedforward_modules": []}, "not with IA3"),
-    ({**LORA, "use_dora": True}, "`adapter.use_dora` leaves more"),
-    ({**LORA, "modules_to_save": ["lm_head"]}, "`adapter.modules_to_save` leaves more"),
-    ({**LORA, "init_lora_weights": "pissa"}, "does not begin at the model as it is"),
+    ({"peft_type": "IA3", "target_modules": ["v_proj"], "feedforward_modules": []}, "is IA3, not LORA"),
+    (LORA | {"use_dora": True}, "`adapter.use_dora` leaves magnitudes"),
+    (LORA | {"modules_to_save": ["lm_head"]}, "`adapter.modules_to_save` leaves whole modules"),
+    (LORA | {"init_lora_weights": "pissa"}, "`adapter.init_lora_weights: pissa` cannot be drawn anew"),
+    (LORA | {"bias": "lora_only"}, "`adapter.bias: lora_only` leaves biases"),
+    (LORA | {"lora_bias": True}, "`adapter.lora_bias` leaves biases"),
+    (LORA | {"target_modules": ["embed_tokens", "q_proj"]}, "takes in an embedding"),
 ]
 
 
@@ -184,6 +217,15 @@ def test_what_is_no_plain_pair_is_gated_by_entry_unless_asked_otherwise(
     run(llama_folder, task_files[:2], tmp_path, callback, adapter=adapter)
     assert callback._directions is None
     assert callback.importance
+
+
+def test_without_a_first_matrix_among_the_parameters_pairs_are_none(llama_folder, task_files, tmp_path, knowing):
+    with pytest.raises(AgclError, match=r"no pair's first matrix \(`lora_A`\) is both selected"):
+        run(llama_folder, task_files[:2], tmp_path, by_direction(parameters="lora_B"))
+    callback = AttributionCallback(parameters="lora_B")
+    model, _ = run(llama_folder, task_files[:2], tmp_path, callback)
+    assert callback._directions is None
+    assert model.model.active_adapters == ["default"]
 
 
 def test_another_method_with_pairs_of_its_own_is_refused(llama_folder, task_files, tmp_path):
