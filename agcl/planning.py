@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from agcl.attribution.directions import is_of_pair
 from agcl.attribution.estimators import LRP
 from agcl.callbacks import AttributionCallback, Directions
 from agcl.callbacks.directions import directions_problem
@@ -152,7 +153,7 @@ def matrices_of(model: nn.Module, gated: Iterable[str]) -> dict[str, tuple[int, 
 
 
 def budgets_of(config: Any, model: nn.Module) -> dict[str, float]:
-    """The mean plasticity of each matrix that a configuration gates by direction, by name.
+    """The mean plasticity of what a configuration does not gate by entry, by name.
 
     Args:
         config: Of ``agcl fit``.
@@ -162,7 +163,8 @@ def budgets_of(config: Any, model: nn.Module) -> dict[str, float]:
     if callback is None or not _gates_by_direction(config, callback):
         return {}
     gated = gated_sizes(model, callback.get("parameters", ""))
-    return dict.fromkeys(matrices_of(model, gated), _directions(callback).plasticity)
+    free = {name: 1.0 for name in gated if is_of_pair(name)}  # the second of a pair; the first is a matrix
+    return free | dict.fromkeys(matrices_of(model, gated), _directions(callback).plasticity)
 
 
 def _directions(callback: Any) -> Directions:

@@ -42,7 +42,8 @@ trainer:
         directions: {{plasticity: 0.8, sharpness: 4.0, every: 4, own_text: 16}}
 model:
   model_name_or_path: {model}  # a hub name, a local folder, or builtin:NAME
-  # adapter: {{peft_type: LORA, r: 16, target_modules: all-linear}}  # train a small adapter in place of all weights
+  # Train a small adapter in place of all weights, a pair of its own for each task; it wants ten times the rate below.
+  # adapter: {{peft_type: LORA, r: 16, lora_alpha: 32, target_modules: all-linear}}
   optimizer:
     class_path: torch.optim.AdamW
     init_args:

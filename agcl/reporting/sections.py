@@ -9,6 +9,7 @@ from agcl.plots import importance_overlaps, layer_order, plot_importance_overlap
 from agcl.reporting.figures import draw, plot_heat, plot_lines
 from agcl.reporting.importance import ImportanceSummary, summarise
 from agcl.reporting.record import RunRecord, as_float
+from agcl.task_pairs import num_pairs
 
 _TOP_SHARE = 0.01  # of all weights, for the overlap of the most important ones
 
@@ -114,7 +115,9 @@ def importance(record: RunRecord, with_importance: bool) -> dict[str, Any]:
         title = f"Mean importance of {task} by layer and kind of module"
         figure = draw(f"importance-{index}", title, lambda g=grid: plot_heat(g, label, _largest(g)))  # type: ignore[misc]
         found["maps"].append((task, figure))
-    if len(tasks) > 1:
+    if len(tasks) > 1 and num_pairs(record.importance[tasks[0]]):
+        record.missing.append("Overlap of the tasks' importance: each task had a LoRA pair of its own.")
+    elif len(tasks) > 1:
         overlaps = importance_overlaps(record.importance, _TOP_SHARE)
         title = "Overlap of the tasks' importance: cosine similarity, and intersection over union of the top weights"
         found["overlap"] = draw(

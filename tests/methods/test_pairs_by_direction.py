@@ -9,6 +9,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from agcl.callbacks import AttributionCallback, ContinualReport
+from agcl.cli import main
 from agcl.errors import AgclError
 from agcl.methods import OLoRA
 
@@ -120,6 +121,16 @@ def test_resumed_run_equals_the_straight_one(
         crash_at,
         adapter=adapter,
     )
+
+
+def test_a_report_does_not_compare_the_importance_of_different_pairs(llama_folder, task_files, tmp_path, knowing):
+    model, data = build(llama_folder, task_files[:2], adapter=LORA)
+    trainer_for(data, tmp_path, [by_direction(), ContinualReport()]).fit(model, datamodule=data)
+    main(["report", str(tmp_path)])
+    page = (tmp_path / "report.html").read_text()
+    assert "each task had a LoRA pair of its own" in page
+    assert "Overlap of the tasks&#39; importance: cosine" not in page
+    assert "Mean importance of each task" in page
 
 
 @pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"rank_pattern": {"q_proj": 2}}])
