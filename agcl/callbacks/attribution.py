@@ -8,6 +8,7 @@ from typing import Any, Literal, cast, get_args
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
@@ -316,7 +317,7 @@ class AttributionCallback(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Score the weights as the gate leaves them."""
         self._close_directions()
-        if self._gates_pairs(pl_module):
+        if self._gates_pairs(pl_module) and trainer.state.fn != TrainerFn.FITTING:  # a checkpoint may have been loaded
             activate(pl_module.model)
 
     def _close_directions(self) -> None:

@@ -2,11 +2,9 @@
 
 import pytest
 import torch
-from continual_cases import assert_resumes, batch_of
+from continual_cases import assert_resumes, assert_saved, assert_validates
 from helpers import EPOCHS, build, trainer_for
 from lightning.pytorch import Callback
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
 
 from agcl.callbacks import ContinualReport
 from agcl.errors import AgclError
@@ -91,17 +89,10 @@ def test_strength_makes_the_new_pairs_orthogonal(llama_folder, task_files, tmp_p
 def test_saved_adapter_is_loaded_by_plain_peft(llama_folder, task_files, tmp_path):
     model, data = build(llama_folder, task_files, adapter=LORA)
     trainer_for(data, tmp_path, [OLoRA(), ContinualReport()]).fit(model, datamodule=data)
-    batch = batch_of(data)
-    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
     learned = {n for n, p in model.model.named_parameters() if p.requires_grad}
     assert all(".task2." in name for name in learned)  # saving left the model as it was
     assert model.model.active_adapters == ["task0", "task1", "task2"]
-    base = AutoModelForCausalLM.from_pretrained(llama_folder)
-    before = base(**inputs).logits
-    loaded = PeftModel.from_pretrained(base, tmp_path / "model").eval()
-    ours = model.model.eval()(**inputs).logits
-    torch.testing.assert_close(loaded(**inputs).logits, ours, rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(before, ours, atol=1e-2)
+    assert_saved(model, data, tmp_path / "model", llama_folder)
 
 
 @pytest.mark.parametrize(("every_n_steps", "crash_at"), [(1, 8), (1, 12), (None, 9)])
@@ -111,15 +102,7 @@ def test_resumed_run_equals_the_straight_one(llama_folder, task_files, tmp_path,
 
 
 def test_checkpoint_is_validated_with_all_pairs(llama_folder, task_files, tmp_path):
-    model, data = build(llama_folder, task_files, adapter=LORA)
-    trainer = trainer_for(data, tmp_path, [OLoRA()])
-    trainer.fit(model, datamodule=data)
-    trainer.save_checkpoint(tmp_path / "end.ckpt")
-    wanted = trainer.callback_metrics["eval/task0/nll"]
-    model, data = build(llama_folder, task_files, adapter=LORA)
-    trainer = trainer_for(data, tmp_path, [OLoRA()])
-    trainer.validate(model, datamodule=data, ckpt_path=tmp_path / "end.ckpt", weights_only=True, verbose=False)
-    assert trainer.callback_metrics["eval/task0/nll"] == wanted
+    assert_validates(llama_folder, task_files, tmp_path, OLoRA, adapter=LORA)
 
 
 def test_model_without_a_lora_adapter_is_refused(llama_folder, task_files, tmp_path):

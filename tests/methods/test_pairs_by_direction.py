@@ -2,11 +2,9 @@
 
 import pytest
 import torch
-from continual_cases import assert_resumes, batch_of
+from continual_cases import assert_resumes, assert_saved, assert_validates, batch_of
 from helpers import EPOCHS, CrashError, attribution, build, by_direction, check_budget, trainer_for
 from lightning.pytorch import Callback
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
 
 from agcl.callbacks import AttributionCallback, ContinualReport
 from agcl.cli import main
@@ -139,18 +137,7 @@ def test_saved_adapter_is_loaded_by_plain_peft(llama_folder, task_files, tmp_pat
     model, data = build(llama_folder, task_files[:num_tasks], adapter=LORA | options)
     trainer_for(data, tmp_path, [by_direction(), ContinualReport()]).fit(model, datamodule=data)
     assert model.model.active_adapters == [*(f"task{index}" for index in range(num_tasks - 1)), "learning"]
-    check_saved(model, data, tmp_path / "model", llama_folder)
-
-
-def check_saved(model, data, folder, base_folder):
-    batch = batch_of(data)
-    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-    base = AutoModelForCausalLM.from_pretrained(base_folder)
-    before = base(**inputs).logits
-    loaded = PeftModel.from_pretrained(base, folder).eval()
-    ours = model.model.eval()(**inputs).logits
-    torch.testing.assert_close(loaded(**inputs).logits, ours, rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(before, ours, atol=1e-2)
+    assert_saved(model, data, tmp_path / "model", llama_folder)
 
 
 def test_a_model_that_has_learned_pairs_is_no_place_for_other_tasks(llama_folder, task_files, tmp_path, knowing):
@@ -179,15 +166,7 @@ def test_a_fit_that_failed_in_its_set_up_may_be_tried_again(llama_folder, task_f
 
 
 def test_checkpoint_is_validated_with_the_pairs_of_the_tasks_learned(llama_folder, task_files, tmp_path, knowing):
-    model, data = build(llama_folder, task_files, adapter=LORA)
-    trainer = trainer_for(data, tmp_path, [by_direction()])
-    trainer.fit(model, datamodule=data)
-    trainer.save_checkpoint(tmp_path / "end.ckpt")
-    wanted = trainer.callback_metrics["eval/task0/nll"]
-    model, data = build(llama_folder, task_files, adapter=LORA)
-    trainer = trainer_for(data, tmp_path, [by_direction()])
-    trainer.validate(model, datamodule=data, ckpt_path=tmp_path / "end.ckpt", weights_only=True, verbose=False)
-    assert trainer.callback_metrics["eval/task0/nll"] == wanted
+    assert_validates(llama_folder, task_files, tmp_path, by_direction, adapter=LORA)
 
 
 def test_a_task_of_which_nothing_is_answered_leaves_the_next_a_fresh_pair(llama_folder, task_files, tmp_path):
