@@ -1,6 +1,6 @@
 """What else might hold more: variants of the gate by direction, each one run of `agcl fit`.
 
-    python benchmarks/variants.py VARIANT [--tasks quickstart | concept1k | classification] [--data_dir DATA] [--lr LR]
+    python benchmarks/variants.py VARIANT [--tasks quickstart | concept1k | classification] [--data_dir DATA] [--lr LR] [--seed SEED]
 
 The tasks are the quick start's on a seed of their own, the reduced Concept-1K's of other facts (all five tasks), or the
 reduced classification's scored on validation rows: none is in a table of `agcl compare`. A row is appended to
@@ -177,6 +177,7 @@ for name, (method, estimator) in ESTIMATORS.items():
 def arguments(options, folder):
     """What `agcl fit` takes: configurations, the last of which is written to the folder."""
     names, seed, rate = TASKS[options.tasks]
+    seed = seed if options.seed is None else options.seed
     rival = RIVALS.get(options.variant)
     paths = [str(CONFIGS / name) for name in (*names, rival[0] if rival else "method/agcl.yaml")]
     layers = [read_config(path) for path in paths]
@@ -225,6 +226,7 @@ def main():
     parser.add_argument("--tasks", choices=TASKS, default="concept1k")
     parser.add_argument("--data_dir", help="the benchmark's folder")
     parser.add_argument("--lr", type=float)
+    parser.add_argument("--seed", type=int)
     options = parser.parse_args()
     replace = VARIANTS.get(options.variant, ({}, None))[1]
     if replace:

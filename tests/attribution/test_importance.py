@@ -287,8 +287,10 @@ def test_normalise_refuses_bad_scores_by_name(bad):
 
 
 def test_log_importance_is_the_score_itself():
-    score = torch.rand(50)
-    assert torch.equal(levels({"w": score.tolist()}, normalisation="log")["w"], quantise(score.clone()))
+    score = torch.rand(5000)
+    error = levels({"w": score.tolist()}, normalisation="log")["w"].double() - 255 * score.double()
+    # Normalising multiplies in float32, whose rounding may decide a tie: half a step, and an ulp of 255.
+    assert error.abs().max() <= 0.5 + 2**-16
 
 
 def test_fixed_point_is_within_half_a_step_and_exact_at_the_ends():
