@@ -1,6 +1,7 @@
 """What else might hold more: variants of the gate by direction, each one run of `agcl fit`.
 
     python benchmarks/variants.py VARIANT [--tasks quickstart | concept1k | classification] [--data_dir DATA] [--lr LR] [--seed SEED]
+        [--precision bf16-mixed]
 
 The tasks are the quick start's on a seed of their own, the reduced Concept-1K's of other facts (all five tasks), or the
 reduced classification's scored on validation rows: none is in a table of `agcl compare`. A row is appended to
@@ -185,9 +186,10 @@ def arguments(options, folder):
     settings = rival[1] if rival else {f"{CALLBACK}.directions.{key}": value for key, value in gate.items()}
     settings = settings | {"seed_everything": seed, "data.seed": seed, "data.data_dir": options.data_dir}
     settings |= {"model.optimizer.init_args.lr": options.lr or rate, "trainer.enable_checkpointing": False}
-    settings["trainer.precision"] = "32-true"
-    if options.tasks == "classification":
-        settings |= {"data.evaluate_on": "validation", "trainer.precision": "bf16-mixed"}
+    is_classification = options.tasks == "classification"
+    settings["trainer.precision"] = options.precision or ("bf16-mixed" if is_classification else "32-true")
+    if is_classification:
+        settings["data.evaluate_on"] = "validation"
         settings |= {} if rival else {f"{CALLBACK}.num_samples": 128}
     if options.tasks == "concept1k":
         facts = {"train_split": "train[32:64]", "test_split": "train[32:64]"}
@@ -227,6 +229,7 @@ def main():
     parser.add_argument("--data_dir", help="the benchmark's folder")
     parser.add_argument("--lr", type=float)
     parser.add_argument("--seed", type=int)
+    parser.add_argument("--precision")
     options = parser.parse_args()
     replace = VARIANTS.get(options.variant, ({}, None))[1]
     if replace:
