@@ -1,7 +1,7 @@
 """What else might hold more: variants of the gate by direction, each one run of `agcl fit`.
 
-    python benchmarks/variants.py VARIANT [--tasks quickstart | concept1k | classification] [--data_dir DATA] [--lr LR] [--seed SEED]
-        [--precision bf16-mixed]
+    python benchmarks/variants.py VARIANT [--tasks quickstart | concept1k | classification] [--data_dir DATA]
+        [--lr LR] [--seed SEED] [--precision PRECISION]
 
 The tasks are the quick start's on a seed of their own, the reduced Concept-1K's of other facts (all five tasks), or the
 reduced classification's scored on validation rows: none is in a table of `agcl compare`. A row is appended to

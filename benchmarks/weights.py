@@ -17,6 +17,9 @@ a gate.
     row           |g_t|^2, divided by its sum over the row: each row counts alike
     row_norm      |g_t|, the same
     alike         1, wherever the answers rest on the input at all
+    shuffled      |g_t|^2 of another such input, drawn at random: the same weights without attribution
+
+`--rule none` takes the plain gradient, without AttnLRP's rules.
 
 The tasks are names in Welsh and Finnish, as in `gates.py`, after `--prefix` tokens of a novel, on which the answers do
 not rest; or facts of Concept-1K, 64 of task `--pair` and 64 of the next.
@@ -53,12 +56,26 @@ def share_of_row(weights):
     return weights / weights.sum(1, keepdim=True).clamp(min=1e-30)
 
 
+def has_weight(squares):
+    """Where the answers rest on the input at all."""
+    return squares > 1e-12 * squares.max()
+
+
+def shuffled(gradients):
+    """Squares, each given to another input that has one."""
+    weights = squares(gradients)
+    found = has_weight(weights)
+    weights[found] = weights[found][torch.randperm(int(found.sum()))]
+    return weights
+
+
 WEIGHTS = {
     "square": squares,
     "norm": lambda gradients: squares(gradients).sqrt(),
     "row": lambda gradients: share_of_row(squares(gradients)),
     "row_norm": lambda gradients: share_of_row(squares(gradients).sqrt()),
-    "alike": lambda gradients: (squares(gradients) > 1e-12 * squares(gradients).max()).float(),
+    "alike": lambda gradients: has_weight(squares(gradients)).float(),
+    "shuffled": shuffled,
 }
 
 
@@ -77,9 +94,9 @@ def pair_of_tasks(options):
     return rows_of(options.pair), rows_of(options.pair + 1)
 
 
-def moments(model, rows, kinds):
+def moments(model, rows, kinds, rule):
     """For each way to weigh: the moments of all matrices, from one pass."""
-    estimator, found = LRP(score="sensitivity"), {kind: {} for kind in kinds}
+    estimator, found = LRP(rule, score="sensitivity"), {kind: {} for kind in kinds}
     evidence = gates.evidence_of(model, rows, len(rows))
     samples = list(evidence.samples)
     matrices = find_matrices(model, evidence.parameters, samples[0], estimator.rule)
@@ -143,7 +160,7 @@ def run(options):
     model.load_state_dict(first)
     start = losses(old), losses(new)
     print(f"old and new task (known, loss) after the first: {start}; after the second, without a gate: {end}")
-    for kind, sums in moments(model, old, options.weights).items():
+    for kind, sums in moments(model, old, options.weights, options.rule).items():
         spectra = {name: torch.linalg.eigh(moment) for name, moment in sums.items()}
         for plasticity in (options.trained,) if options.trained else PLASTICITIES:
             columns = {name: held_columns(*spectrum, plasticity) for name, spectrum in spectra.items()}
@@ -156,7 +173,7 @@ def run(options):
                     mapped[name] -= (step[name] @ held) @ held.T
                 model.load_state_dict(mapped)
             row = {key: getattr(options, key) for key in ("tasks", "prefix", "pair")}
-            row |= {"weights": kind, "plasticity": plasticity, "trained": bool(options.trained)}
+            row |= {"rule": options.rule, "weights": kind, "plasticity": plasticity, "trained": bool(options.trained)}
             row |= {"start": start, "ungated": end, "old": losses(old), "new": losses(new), "torch": torch.__version__}
             print(kind, plasticity, row["old"], row["new"], flush=True)
             with RESULTS.open("a") as file:
@@ -170,6 +187,7 @@ def main():
     parser.add_argument("--pair", type=int, default=0, help="which tasks (concept1k)")
     parser.add_argument("--data_dir", help="folder of concept_1k.jsonl.gz")
     parser.add_argument("--weights", nargs="*", choices=WEIGHTS, default=list(WEIGHTS))
+    parser.add_argument("--rule", choices=("attnlrp", "cplrp", "none"), default="attnlrp")
     parser.add_argument("--trained", type=float, help="learn the new task under the gate, at this plasticity")
     parser.add_argument("--cache", type=Path, default=Path("runs"), help="folder for the weights learned")
     run(parser.parse_args())
