@@ -1,7 +1,7 @@
 """What else might hold more: variants of the gate by direction, each one run of `agcl fit`.
 
     python benchmarks/variants.py VARIANT [--tasks quickstart | concept1k | classification] [--data_dir DATA]
-        [--lr LR] [--seed SEED] [--precision PRECISION]
+        [--lr LR] [--strength STRENGTH] [--seed SEED] [--precision PRECISION]
 
 The tasks are the quick start's on a seed of their own, the reduced Concept-1K's of other facts (all five tasks), or the
 reduced classification's scored on validation rows: none is in a table of `agcl compare`. A row is appended to
@@ -165,7 +165,8 @@ ESTIMATORS = {  # each as a gate by entry: configuration, estimator
     "random": ("agcl_random", None),
 }
 for name, (method, estimator) in ESTIMATORS.items():
-    # By rank the importance of a tensor is spread evenly over [0, 1]: mean plasticity is 1 / 9 whatever the score.
+    # By rank the importance of a tensor is spread evenly over [0, 1]: whatever the score, mean plasticity is
+    # 1 / (1 + strength).
     rank = {f"{CALLBACK}.importance.normalisation": "rank", f"{CALLBACK}.strength": 8.0}
     if estimator:
         rank[f"{CALLBACK}.estimator"] = {
@@ -186,6 +187,8 @@ def arguments(options, folder):
     settings = rival[1] if rival else {f"{CALLBACK}.directions.{key}": value for key, value in gate.items()}
     settings = settings | {"seed_everything": seed, "data.seed": seed, "data.data_dir": options.data_dir}
     settings |= {"model.optimizer.init_args.lr": options.lr or rate, "trainer.enable_checkpointing": False}
+    if options.strength is not None:
+        settings[f"{CALLBACK}.strength"] = options.strength
     is_classification = options.tasks == "classification"
     settings["trainer.precision"] = options.precision or ("bf16-mixed" if is_classification else "32-true")
     if is_classification:
@@ -213,6 +216,7 @@ def row_of(options, scores):
         "variant": options.variant,
         "lr": options.lr or TASKS[options.tasks][2],
         "seed": scores["seed"],
+        **({} if options.strength is None else {"strength": options.strength}),
         **{name: scores["metrics"][name] for name in ("average_performance", "backward_transfer", "learning_accuracy")},
         "old_loss": sum(risen) / len(risen),
         "general_forgetting": scores["general_ability"]["forgetting"],
@@ -228,6 +232,7 @@ def main():
     parser.add_argument("--tasks", choices=TASKS, default="concept1k")
     parser.add_argument("--data_dir", help="the benchmark's folder")
     parser.add_argument("--lr", type=float)
+    parser.add_argument("--strength", type=float, help="of a gate by entry; ranks' is 8")
     parser.add_argument("--seed", type=int)
     parser.add_argument("--precision")
     options = parser.parse_args()

@@ -23,7 +23,11 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "ratio": ("power",),
     "directions": ("plasticity", "every"),
 }
+RECORDED, TRAINED = "recorded step", "task being learned"  # what a gate of `benchmarks/weights.py` is on
+BY_RANK = "by rank of "  # of `benchmarks/variants.py`
+NUMBERS = (*(metric.replace("_", " ") for metric in METRICS), "old loss", "English")
 Row = tuple[object, ...]
+Kinds = dict[str, dict[float, dict[str, Any]]]  # way to weigh -> plasticity -> row of `benchmarks/weights.py`
 
 
 def quickstart() -> str:
@@ -106,15 +110,29 @@ def gates() -> str:
 
 
 def variants() -> str:
-    """Rows of `benchmarks/variants.py`."""
-    rows: list[Row] = []
-    for line in (RAW / "variants.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        numbers = (*(row[metric] for metric in METRICS), row["old_loss"], row["general_forgetting"])
-        rows.append((row["tasks"], row["variant"], f"{row['lr']:g}", *map(_cell, numbers)))
-    return _table(
-        ("tasks", "variant", "learning rate", *(m.replace("_", " ") for m in METRICS), "old loss", "English"), rows
-    )
+    """Rows of `benchmarks/variants.py`, but for the estimators at equal plasticity."""
+    rows: list[Row] = [
+        (row["tasks"], row["variant"], f"{row['lr']:g}", *_numbers(row))
+        for row in _lines("variants")
+        if not row["variant"].startswith(BY_RANK)
+    ]
+    return _table(("tasks", "variant", "learning rate", *NUMBERS), rows)
+
+
+def estimators() -> str:
+    """Rows of `benchmarks/variants.py` with an estimator each at equal plasticity, the best at the end first."""
+    found = [row for row in _lines("variants") if row["variant"].startswith(BY_RANK)]
+    found.sort(key=lambda row: (row["seed"], row["old_loss"]))
+    rows: list[Row] = [(row["variant"].removeprefix(BY_RANK), row["seed"], *_numbers(row)) for row in found]
+    return _table(("importance by rank of", "seed", *NUMBERS), rows)
+
+
+def _lines(name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (RAW / f"{name}.jsonl").read_text().splitlines()]
+
+
+def _numbers(row: dict[str, Any]) -> list[str]:
+    return [_cell(row[key]) for key in (*METRICS, "old_loss", "general_forgetting")]
 
 
 def pairs() -> str:
@@ -129,21 +147,51 @@ def pairs() -> str:
 
 def weights() -> str:
     """Rows of `benchmarks/weights.py`, and what they say at an equal loss on the new task."""
-    found: dict[tuple[str, str], dict[str, dict[float, Any]]] = {}
-    for line in (RAW / "weights.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        task = f"names after {row['prefix']} tokens" if row["tasks"] == "names" else f"facts {row['pair']}"
-        group = found.setdefault((task, "task being learned" if row.get("trained") else "recorded step"), {})
-        group.setdefault(row["weights"], {})[row["plasticity"]] = row
     rows: list[Row] = []
-    for (task, how), kinds in found.items():
-        target = kinds["alike"][0.98]["new"][1] if how == "recorded step" and "alike" in kinds else 0.0
+    for (task, how), kinds in _weights().items():
         for kind, points in kinds.items():
             losses = [_pair(points.get(plasticity), 1, ".4f") for plasticity in (0.95, 0.98, 0.99)]
-            equal = _at_equal_learning(list(points.values()), target) if target else ""
-            rows.append((task, how, kind, *losses, _pair(points.get(0.98), 0, ".2f"), equal))
+            equal = _at_equal_learning(kinds, kind) if how == RECORDED else None
+            cell = "" if how != RECORDED else "-" if equal is None else f"{equal:.4f}"
+            rows.append((task, how, kind, *losses, _pair(points.get(0.98), 0, ".2f"), cell))
     header = ("tasks", "the gate on a", "an input counts by", "0.95", "0.98", "0.99", "known at 0.98", "equal learning")
     return _table(header, rows)
+
+
+def weights_overall() -> str:
+    """Over all pairs of facts: the old task's loss by each way to weigh, as a share of that with all inputs alike."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for (task, how), kinds in _weights().items():
+        for kind in kinds if task.startswith("facts") else ():
+            if how == RECORDED:
+                loss, alike = _at_equal_learning(kinds, kind), _at_equal_learning(kinds, "alike")
+            else:
+                loss, alike = (kinds[k][0.98]["old"][1] if 0.98 in kinds.get(k, {}) else None for k in (kind, "alike"))
+            if kind != "alike" and loss and alike:
+                found.setdefault(kind, {}).setdefault(how, []).append(loss / alike)
+    rows: list[Row] = [
+        (kind, *(_spread(how.get(name, [])) for name in (RECORDED, TRAINED))) for kind, how in found.items()
+    ]
+    return _table(("an input counts by", RECORDED, TRAINED), rows)
+
+
+def _weights() -> dict[tuple[str, str], Kinds]:
+    """Rows of `benchmarks/weights.py` by tasks and what the gate was on."""
+    found: dict[tuple[str, str], Kinds] = {}
+    for row in _lines("weights"):
+        task = f"names after {row['prefix']} tokens" if row["tasks"] == "names" else f"facts {row['pair']}"
+        kind = row["weights"] + (", no rules" if row.get("rule") == "none" else "")
+        group = found.setdefault((task, TRAINED if row.get("trained") else RECORDED), {})
+        group.setdefault(kind, {})[row["plasticity"]] = row
+    return dict(sorted(found.items()))
+
+
+def _spread(ratios: list[float]) -> str:
+    """Geometric mean, and the smallest and the largest of how many."""
+    if not ratios:
+        return ""
+    mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+    return f"{mean:.2f} ({min(ratios):.2f} to {max(ratios):.2f}, {len(ratios)} pairs)"
 
 
 def _pair(row: dict[str, Any] | None, place: int, style: str) -> str:
@@ -151,13 +199,16 @@ def _pair(row: dict[str, Any] | None, place: int, style: str) -> str:
     return "" if row is None else f"{row['old'][place]:{style}} / {row['new'][place]:{style}}"
 
 
-def _at_equal_learning(rows: list[dict[str, Any]], target: float) -> str:
-    """Loss on the old task where that on the new one is the target: on a log-log scale between two plasticities."""
-    points = sorted((math.log(row["new"][1]), math.log(row["old"][1])) for row in rows)
+def _at_equal_learning(kinds: Kinds, kind: str) -> float | None:
+    """Loss on the old task where that on the new one is as with `alike` at 0.98: on a log-log scale between two."""
+    if 0.98 not in kinds.get("alike", {}):
+        return None
+    target = math.log(kinds["alike"][0.98]["new"][1])
+    points = sorted((math.log(row["new"][1]), math.log(row["old"][1])) for row in kinds[kind].values())
     for (x, y), (next_x, next_y) in itertools.pairwise(points):
-        if x <= math.log(target) <= next_x:
-            return f"{math.exp(y + (next_y - y) * (math.log(target) - x) / (next_x - x)):.4f}"
-    return "-"
+        if x <= target <= next_x:
+            return math.exp(y + (next_y - y) * (target - x) / (next_x - x))
+    return None
 
 
 def _scores(folder: Path, seed: int) -> dict[str, dict[str, float]] | None:
