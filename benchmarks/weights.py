@@ -19,7 +19,12 @@ a gate.
     alike         1, wherever the answers rest on the input at all
     shuffled      |g_t|^2 of another such input, drawn at random: the same weights without attribution
 
-`--rule none` takes the plain gradient, without AttnLRP's rules.
+`--rule none` takes the plain gradient, without AttnLRP's rules; `--objective margin` that of the answer's logit less
+the next largest one, and `log_margin` that of its logarithm, so that answers which are soon lost count more.
+
+With `--entries GAMMA` the weights of the matrices are gated one by one on top of that, as by `UpdateGate`: each by its
+own importance, s / (s + its median) of AttnLRP's squared gradients s, with GAMMA as the strength; with
+`--entries_shuffled` by another weight's of the same matrix.
 
 The tasks are names in Welsh and Finnish, as in `gates.py`, after `--prefix` tokens of a novel, on which the answers do
 not rest; or facts of Concept-1K, 64 of task `--pair` and 64 of the next.
@@ -34,10 +39,15 @@ from pathlib import Path
 import gates
 import torch
 
+from agcl.attribution import ImportanceConfig
 from agcl.attribution.directions import find_matrices, shares_within
 from agcl.attribution.estimators import LRP
+from agcl.attribution.importance import normalise
+from agcl.attribution.levels import dequantise
+from agcl.attribution.passes import target_logit
 from agcl.data.tasks import AnswerEncoder, Task
-from agcl.gating import DirectionalGate
+from agcl.gating import DirectionalGate, UpdateGate
+from agcl.gating.controls import shuffled as shuffled_within
 from agcl.models import load_model, load_tokenizer
 
 RESULTS = Path(__file__).parent / "results" / "weights.jsonl"
@@ -94,9 +104,23 @@ def pair_of_tasks(options):
     return rows_of(options.pair), rows_of(options.pair + 1)
 
 
-def moments(model, rows, kinds, rule):
+def margins(logits, targets):
+    """How far each target's logit is above the next largest one."""
+    others = logits.scatter(-1, targets[:, None], -torch.inf)
+    return logits.gather(-1, targets[:, None])[:, 0] - others.amax(-1)
+
+
+OBJECTIVES = {
+    "logit": target_logit,
+    "margin": lambda logits, targets: margins(logits, targets).sum(),
+    "log_margin": lambda logits, targets: margins(logits, targets).clamp(min=0.1).log().sum(),
+}
+
+
+def moments(model, rows, kinds, rule, objective):
     """For each way to weigh: the moments of all matrices, from one pass."""
     estimator, found = LRP(rule, score="sensitivity"), {kind: {} for kind in kinds}
+    estimator.objective = OBJECTIVES[objective]
     evidence = gates.evidence_of(model, rows, len(rows))
     samples = list(evidence.samples)
     matrices = find_matrices(model, evidence.parameters, samples[0], estimator.rule)
@@ -113,6 +137,13 @@ def moments(model, rows, kinds, rule):
     return found
 
 
+def importance_of(model, rows, is_shuffled):
+    """Of each weight for the rows' answers, uint8; shuffled within each parameter, if wanted."""
+    evidence = gates.evidence_of(model, rows, len(rows))
+    found = normalise(LRP(score="sensitivity").scores(evidence), ImportanceConfig(quantile=0.5))
+    return shuffled_within(found, 0) if is_shuffled else found
+
+
 def held_columns(importance, directions, plasticity):
     """``V`` of the gate's map, as `InputMoments.maps` makes it."""
     held = (1 - shares_within(importance, plasticity, SHARPNESS)).to(directions)
@@ -121,16 +152,22 @@ def held_columns(importance, directions, plasticity):
 
 
 class Gate:
-    """A gate with given maps, for `gates.learn`."""
+    """A gate with given maps, and one by entries if their importance is given, for `gates.learn`."""
 
-    def __init__(self, columns):
+    def __init__(self, columns, importance, strength):
         self.maps = {name: (held, False) for name, held in columns.items()}
+        self.importance, self.strength = importance, strength
 
     def attach(self, optimizer, model, seed, *, is_last):
-        self.gate = DirectionalGate(model.named_parameters(), self.maps, every=4).attach(optimizer)
+        self.gates = [DirectionalGate(model.named_parameters(), self.maps, every=4)]
+        if self.importance:  # its hook comes first: whatever it leaves of a step is mapped
+            self.gates.insert(0, UpdateGate(model.named_parameters(), self.importance, self.strength))
+        for gate in self.gates:
+            gate.attach(optimizer)
 
     def detach(self):
-        self.gate.detach()
+        for gate in self.gates:
+            gate.detach()
 
 
 def learned(model, old, new, cache):
@@ -159,21 +196,31 @@ def run(options):
     end = losses(old), losses(new)
     model.load_state_dict(first)
     start = losses(old), losses(new)
+    importance = importance_of(model, old, options.entries_shuffled) if options.entries else {}
     print(f"old and new task (known, loss) after the first: {start}; after the second, without a gate: {end}")
-    for kind, sums in moments(model, old, options.weights, options.rule).items():
+    for kind, sums in moments(model, old, options.weights, options.rule, options.objective).items():
         spectra = {name: torch.linalg.eigh(moment) for name, moment in sums.items()}
+        of_matrices = {name: importance[name] for name in sums if name in importance}
         for plasticity in (options.trained,) if options.trained else PLASTICITIES:
             columns = {name: held_columns(*spectrum, plasticity) for name, spectrum in spectra.items()}
             if options.trained:
                 model.load_state_dict(first)
-                gates.learn(model, new, LR, directions=Gate(columns))
+                gates.learn(model, new, options.lr, directions=Gate(columns, of_matrices, options.entries))
             else:
-                mapped = {name: first[name] + step[name] for name in first}
-                for name, held in columns.items():
-                    mapped[name] -= (step[name] @ held) @ held.T
-                model.load_state_dict(mapped)
+                moved = step | {
+                    name: (1 - dequantise(levels)) ** options.entries * step[name]
+                    for name, levels in of_matrices.items()
+                }
+                moved |= {name: moved[name] - (moved[name] @ held) @ held.T for name, held in columns.items()}
+                model.load_state_dict({name: first[name] + moved[name] for name in first})
             row = {key: getattr(options, key) for key in ("tasks", "prefix", "pair")}
-            row |= {"rule": options.rule, "weights": kind, "plasticity": plasticity, "trained": bool(options.trained)}
+            row |= {
+                "rule": options.rule,
+                "objective": options.objective,
+                "weights": kind,
+                "plasticity": plasticity,
+                "trained": bool(options.trained),
+            }
             row |= {"start": start, "ungated": end, "old": losses(old), "new": losses(new), "torch": torch.__version__}
             print(kind, plasticity, row["old"], row["new"], flush=True)
             with RESULTS.open("a") as file:
@@ -188,6 +235,10 @@ def main():
     parser.add_argument("--data_dir", help="folder of concept_1k.jsonl.gz")
     parser.add_argument("--weights", nargs="*", choices=WEIGHTS, default=list(WEIGHTS))
     parser.add_argument("--rule", choices=("attnlrp", "cplrp", "none"), default="attnlrp")
+    parser.add_argument("--objective", choices=OBJECTIVES, default="logit")
+    parser.add_argument("--entries", type=float, default=0.0, help="strength of a gate by entries on top; 0: none")
+    parser.add_argument("--entries_shuffled", action="store_true")
+    parser.add_argument("--lr", type=float, default=LR, help="of the new task, if it is learned under the gate")
     parser.add_argument("--trained", type=float, help="learn the new task under the gate, at this plasticity")
     parser.add_argument("--cache", type=Path, default=Path("runs"), help="folder for the weights learned")
     run(parser.parse_args())

@@ -120,11 +120,14 @@ def variants() -> str:
 
 
 def estimators() -> str:
-    """Rows of `benchmarks/variants.py` with an estimator each at equal plasticity, the best at the end first."""
+    """Rows of `benchmarks/variants.py` with an estimator each at equal plasticity, the lowest old loss first."""
     found = [row for row in _lines("variants") if row["variant"].startswith(BY_RANK)]
-    found.sort(key=lambda row: (row["seed"], row["old_loss"]))
-    rows: list[Row] = [(row["variant"].removeprefix(BY_RANK), row["seed"], *_numbers(row)) for row in found]
-    return _table(("importance by rank of", "seed", *NUMBERS), rows)
+    found.sort(key=lambda row: (row.get("strength", 8.0), row["lr"], row["old_loss"]))
+    rows: list[Row] = []
+    for row in found:
+        plasticity = 1 / (1 + row.get("strength", 8.0))
+        rows.append((f"{plasticity:.2f}", f"{row['lr']:g}", row["variant"].removeprefix(BY_RANK), *_numbers(row)))
+    return _table(("plasticity", "learning rate", "importance by rank of", *NUMBERS), rows)
 
 
 def _lines(name: str) -> list[dict[str, Any]]:
@@ -181,6 +184,9 @@ def _weights() -> dict[tuple[str, str], Kinds]:
     for row in _lines("weights"):
         task = f"names after {row['prefix']} tokens" if row["tasks"] == "names" else f"facts {row['pair']}"
         kind = row["weights"] + (", no rules" if row.get("rule") == "none" else "")
+        kind += f", {row['objective']}" if row.get("objective", "logit") != "logit" else ""
+        if row.get("entries"):
+            kind += f", entries {row['entries']:g}" + (" shuffled" if row["entries_shuffled"] else "")
         group = found.setdefault((task, TRAINED if row.get("trained") else RECORDED), {})
         group.setdefault(kind, {})[row["plasticity"]] = row
     return dict(sorted(found.items()))
