@@ -226,7 +226,8 @@ def row_of(options, scores):
     }
 
 
-def main():
+def options_of(words=None):
+    """The command line's, or of other words."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("variant", choices=(*VARIANTS, *RIVALS))
     parser.add_argument("--tasks", choices=TASKS, default="concept1k")
@@ -235,7 +236,11 @@ def main():
     parser.add_argument("--strength", type=float, help="of a gate by entry; ranks' is 8")
     parser.add_argument("--seed", type=int)
     parser.add_argument("--precision")
-    options = parser.parse_args()
+    return parser.parse_args(words)
+
+
+def main():
+    options = options_of()
     replace = VARIANTS.get(options.variant, ({}, None))[1]
     if replace:
         replace()

@@ -78,7 +78,7 @@ def test_one_threshold_gives_each_matrix_a_budget_of_its_own(variants, llama_fol
 def test_each_variant_and_rival_is_known_to_fit(variants, tmp_path):
     for tasks in variants.TASKS:
         for name in (*variants.VARIANTS, *variants.RIVALS):
-            options = type("Options", (), {"tasks": tasks, "variant": name, "lr": None, "data_dir": "DATA"})
+            options = variants.options_of([name, "--tasks", tasks, "--data_dir", "DATA"])
             words = variants.arguments(options, tmp_path)
             assert words[::2] == ["--config"] * (len(words) // 2)
             assert all(Path(path).is_file() for path in words[1::2])
