@@ -16,13 +16,13 @@ from helpers import write_config
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
 
+CHARACTERS = string.ascii_letters + string.digits + " ?.,:"
+
+
 @pytest.fixture(autouse=True)
 def _same_random_numbers():
     """A test's random numbers do not depend on which tests its worker ran before it."""
     torch.manual_seed(0)
-
-
-CHARACTERS = string.ascii_letters + string.digits + " ?.,:"
 
 
 def character_tokenizer() -> PreTrainedTokenizerFast:
