@@ -22,10 +22,6 @@ a gate.
 `--rule none` takes the plain gradient, without AttnLRP's rules; `--objective margin` that of the answer's logit less
 the next largest one, and `log_margin` that of its logarithm, so that answers which are soon lost count more.
 
-With `--entries GAMMA` the weights of the matrices are gated one by one on top of that, as by `UpdateGate`: each by its
-own importance, s / (s + its median) of AttnLRP's squared gradients s, with GAMMA as the strength; with
-`--entries_shuffled` by another weight's of the same matrix.
-
 The tasks are names in Welsh and Finnish, as in `gates.py`, after `--prefix` tokens of a novel, on which the answers do
 not rest; or facts of Concept-1K, 64 of task `--pair` and 64 of the next.
 """
@@ -39,15 +35,11 @@ from pathlib import Path
 import gates
 import torch
 
-from agcl.attribution import ImportanceConfig
 from agcl.attribution.directions import find_matrices, shares_within
 from agcl.attribution.estimators import LRP
-from agcl.attribution.importance import normalise
-from agcl.attribution.levels import dequantise
 from agcl.attribution.passes import target_logit
 from agcl.data.tasks import AnswerEncoder, Task
-from agcl.gating import DirectionalGate, UpdateGate
-from agcl.gating.controls import shuffled as shuffled_within
+from agcl.gating import DirectionalGate
 from agcl.models import load_model, load_tokenizer
 
 RESULTS = Path(__file__).parent / "results" / "weights.jsonl"
@@ -66,9 +58,9 @@ def share_of_row(weights):
     return weights / weights.sum(1, keepdim=True).clamp(min=1e-30)
 
 
-def has_weight(squares):
+def has_weight(weights):
     """Where the answers rest on the input at all."""
-    return squares > 1e-12 * squares.max()
+    return weights > 1e-12 * weights.max()
 
 
 def shuffled(gradients):
@@ -137,13 +129,6 @@ def moments(model, rows, kinds, rule, objective):
     return found
 
 
-def importance_of(model, rows, is_shuffled):
-    """Of each weight for the rows' answers, uint8; shuffled within each parameter, if wanted."""
-    evidence = gates.evidence_of(model, rows, len(rows))
-    found = normalise(LRP(score="sensitivity").scores(evidence), ImportanceConfig(quantile=0.5))
-    return shuffled_within(found, 0) if is_shuffled else found
-
-
 def held_columns(importance, directions, plasticity):
     """``V`` of the gate's map, as `InputMoments.maps` makes it."""
     held = (1 - shares_within(importance, plasticity, SHARPNESS)).to(directions)
@@ -152,22 +137,16 @@ def held_columns(importance, directions, plasticity):
 
 
 class Gate:
-    """A gate with given maps, and one by entries if their importance is given, for `gates.learn`."""
+    """A gate with given maps, for `gates.learn`."""
 
-    def __init__(self, columns, importance, strength):
+    def __init__(self, columns):
         self.maps = {name: (held, False) for name, held in columns.items()}
-        self.importance, self.strength = importance, strength
 
     def attach(self, optimizer, model, seed, *, is_last):
-        self.gates = [DirectionalGate(model.named_parameters(), self.maps, every=4)]
-        if self.importance:  # its hook comes first: whatever it leaves of a step is mapped
-            self.gates.insert(0, UpdateGate(model.named_parameters(), self.importance, self.strength))
-        for gate in self.gates:
-            gate.attach(optimizer)
+        self.gate = DirectionalGate(model.named_parameters(), self.maps, every=4).attach(optimizer)
 
     def detach(self):
-        for gate in self.gates:
-            gate.detach()
+        self.gate.detach()
 
 
 def learned(model, old, new, cache):
@@ -196,31 +175,21 @@ def run(options):
     end = losses(old), losses(new)
     model.load_state_dict(first)
     start = losses(old), losses(new)
-    importance = importance_of(model, old, options.entries_shuffled) if options.entries else {}
     print(f"old and new task (known, loss) after the first: {start}; after the second, without a gate: {end}")
     for kind, sums in moments(model, old, options.weights, options.rule, options.objective).items():
         spectra = {name: torch.linalg.eigh(moment) for name, moment in sums.items()}
-        of_matrices = {name: importance[name] for name in sums if name in importance}
         for plasticity in (options.trained,) if options.trained else PLASTICITIES:
             columns = {name: held_columns(*spectrum, plasticity) for name, spectrum in spectra.items()}
             if options.trained:
                 model.load_state_dict(first)
-                gates.learn(model, new, options.lr, directions=Gate(columns, of_matrices, options.entries))
+                gates.learn(model, new, LR, directions=Gate(columns))
             else:
-                moved = step | {
-                    name: (1 - dequantise(levels)) ** options.entries * step[name]
-                    for name, levels in of_matrices.items()
-                }
-                moved |= {name: moved[name] - (moved[name] @ held) @ held.T for name, held in columns.items()}
-                model.load_state_dict({name: first[name] + moved[name] for name in first})
-            row = {key: getattr(options, key) for key in ("tasks", "prefix", "pair")}
-            row |= {
-                "rule": options.rule,
-                "objective": options.objective,
-                "weights": kind,
-                "plasticity": plasticity,
-                "trained": bool(options.trained),
-            }
+                mapped = {name: first[name] + step[name] for name in first}
+                for name, held in columns.items():
+                    mapped[name] -= (step[name] @ held) @ held.T
+                model.load_state_dict(mapped)
+            row = {key: getattr(options, key) for key in ("tasks", "prefix", "pair", "rule", "objective")}
+            row |= {"weights": kind, "plasticity": plasticity, "trained": bool(options.trained)}
             row |= {"start": start, "ungated": end, "old": losses(old), "new": losses(new), "torch": torch.__version__}
             print(kind, plasticity, row["old"], row["new"], flush=True)
             with RESULTS.open("a") as file:
@@ -236,9 +205,6 @@ def main():
     parser.add_argument("--weights", nargs="*", choices=WEIGHTS, default=list(WEIGHTS))
     parser.add_argument("--rule", choices=("attnlrp", "cplrp", "none"), default="attnlrp")
     parser.add_argument("--objective", choices=OBJECTIVES, default="logit")
-    parser.add_argument("--entries", type=float, default=0.0, help="strength of a gate by entries on top; 0: none")
-    parser.add_argument("--entries_shuffled", action="store_true")
-    parser.add_argument("--lr", type=float, default=LR, help="of the new task, if it is learned under the gate")
     parser.add_argument("--trained", type=float, help="learn the new task under the gate, at this plasticity")
     parser.add_argument("--cache", type=Path, default=Path("runs"), help="folder for the weights learned")
     run(parser.parse_args())

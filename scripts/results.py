@@ -122,12 +122,13 @@ def variants() -> str:
 def estimators() -> str:
     """Rows of `benchmarks/variants.py` with an estimator each at equal plasticity, the lowest old loss first."""
     found = [row for row in _lines("variants") if row["variant"].startswith(BY_RANK)]
-    found.sort(key=lambda row: (row.get("strength", 8.0), row["lr"], row["old_loss"]))
+    found.sort(key=lambda row: (row.get("strength", 8.0), row["lr"], row["seed"], row["old_loss"]))
     rows: list[Row] = []
     for row in found:
         plasticity = 1 / (1 + row.get("strength", 8.0))
-        rows.append((f"{plasticity:.2f}", f"{row['lr']:g}", row["variant"].removeprefix(BY_RANK), *_numbers(row)))
-    return _table(("plasticity", "learning rate", "importance by rank of", *NUMBERS), rows)
+        settings = f"{plasticity:.2f}", f"{row['lr']:g}", row["seed"], row["variant"].removeprefix(BY_RANK)
+        rows.append((*settings, *_numbers(row)))
+    return _table(("plasticity", "learning rate", "seed", "importance by rank of", *NUMBERS), rows)
 
 
 def _lines(name: str) -> list[dict[str, Any]]:
@@ -185,8 +186,6 @@ def _weights() -> dict[tuple[str, str], Kinds]:
         task = f"names after {row['prefix']} tokens" if row["tasks"] == "names" else f"facts {row['pair']}"
         kind = row["weights"] + (", no rules" if row.get("rule") == "none" else "")
         kind += f", {row['objective']}" if row.get("objective", "logit") != "logit" else ""
-        if row.get("entries"):
-            kind += f", entries {row['entries']:g}" + (" shuffled" if row["entries_shuffled"] else "")
         group = found.setdefault((task, TRAINED if row.get("trained") else RECORDED), {})
         group.setdefault(kind, {})[row["plasticity"]] = row
     return dict(sorted(found.items()))
@@ -194,8 +193,8 @@ def _weights() -> dict[tuple[str, str], Kinds]:
 
 def _spread(ratios: list[float]) -> str:
     """Geometric mean, and the smallest and the largest of how many."""
-    if not ratios:
-        return ""
+    if len(ratios) < 2:
+        return f"{ratios[0]:.2f} (1 pair)" if ratios else ""
     mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
     return f"{mean:.2f} ({min(ratios):.2f} to {max(ratios):.2f}, {len(ratios)} pairs)"
 
