@@ -91,8 +91,7 @@ def trials() -> str:
 def gates() -> str:
     """Rows of `benchmarks/gates.py`: share known / loss per token on each task at the end."""
     rows = []
-    for line in (RAW / "gates.jsonl").read_text().splitlines():
-        row = json.loads(line)
+    for row in _lines("gates"):
         options = OPTIONS.get(row["kind"], ("quantile",))
         kind = " ".join([row["kind"], *(f"{option} {row[option]:g}" for option in options)])
         kind += f" sharpness {row.get('sharpness', 1):g}" if row["kind"] == "directions" else ""
@@ -142,8 +141,7 @@ def _numbers(row: dict[str, Any]) -> list[str]:
 def pairs() -> str:
     """Rows of `benchmarks/pairs.py`."""
     rows: list[Row] = []
-    for line in (RAW / "pairs.jsonl").read_text().splitlines():
-        row = json.loads(line)
+    for row in _lines("pairs"):
         cells = [f"{known:.2f} / {loss:.4f}" for known, loss in (row["welsh"], row["finnish"])]
         rows.append((row["kind"], row["objective"], f"{row['plasticity']:g}", *cells))
     return _table(("what is held", "gradient of", "plasticity", "Welsh", "Finnish"), rows)
