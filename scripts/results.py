@@ -58,8 +58,8 @@ def classification() -> str:
     return _table(("method", "settings", "average performance", "backward transfer", "learning accuracy"), rows)
 
 
-def _cell(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+def _cell(value: float | None, style: str = ".3f") -> str:
+    return "-" if value is None else f"{value:{style}}"
 
 
 def _comparison(folder: Path) -> str:
@@ -120,12 +120,17 @@ def variants() -> str:
 
 def estimators() -> str:
     """Rows of `benchmarks/variants.py` with an estimator each at equal plasticity, the lowest old loss first."""
-    found = [row for row in _lines("variants") if row["variant"].startswith(BY_RANK)]
-    found.sort(key=lambda row: (row.get("strength", 8.0), row["lr"], row["seed"], row["old_loss"]))
+    # Rows of a strength that was not given have ranks' own.
+    found = [{"strength": 8.0} | row for row in _lines("variants") if row["variant"].startswith(BY_RANK)]
+    found.sort(key=lambda row: (row["strength"], row["lr"], row["seed"], row["old_loss"]))
     rows: list[Row] = []
     for row in found:
-        plasticity = 1 / (1 + row.get("strength", 8.0))
-        settings = f"{plasticity:.2f}", f"{row['lr']:g}", row["seed"], row["variant"].removeprefix(BY_RANK)
+        settings = (
+            f"{1 / (1 + row['strength']):.2f}",
+            f"{row['lr']:g}",
+            row["seed"],
+            row["variant"].removeprefix(BY_RANK),
+        )
         rows.append((*settings, *_numbers(row)))
     return _table(("plasticity", "learning rate", "seed", "importance by rank of", *NUMBERS), rows)
 
@@ -153,9 +158,8 @@ def weights() -> str:
     for (task, how), kinds in _weights().items():
         for kind, points in kinds.items():
             losses = [_pair(points.get(plasticity), 1, ".4f") for plasticity in (0.95, 0.98, 0.99)]
-            equal = _at_equal_learning(kinds, kind) if how == RECORDED else None
-            cell = "" if how != RECORDED else "-" if equal is None else f"{equal:.4f}"
-            rows.append((task, how, kind, *losses, _pair(points.get(0.98), 0, ".2f"), cell))
+            equal = _cell(_at_equal_learning(kinds, kind), ".4f") if how == RECORDED else ""
+            rows.append((task, how, kind, *losses, _pair(points.get(0.98), 0, ".2f"), equal))
     header = ("tasks", "the gate on a", "an input counts by", "0.95", "0.98", "0.99", "known at 0.98", "equal learning")
     return _table(header, rows)
 
@@ -164,13 +168,13 @@ def weights_overall() -> str:
     """Over all pairs of facts: the old task's loss by each way to weigh, as a share of that with all inputs alike."""
     found: dict[str, dict[str, list[float]]] = {}
     for (task, how), kinds in _weights().items():
-        for kind in kinds if task.startswith("facts") else ():
-            if how == RECORDED:
-                loss, alike = _at_equal_learning(kinds, kind), _at_equal_learning(kinds, "alike")
-            else:
-                loss, alike = (kinds[k][0.98]["old"][1] if 0.98 in kinds.get(k, {}) else None for k in (kind, "alike"))
-            if kind != "alike" and loss and alike:
-                found.setdefault(kind, {}).setdefault(how, []).append(loss / alike)
+        if not task.startswith("facts"):
+            continue
+        old_loss = _at_equal_learning if how == RECORDED else _in_learning
+        losses = {kind: loss for kind in kinds if (loss := old_loss(kinds, kind)) is not None}
+        alike = losses.pop("alike", None)
+        for kind, loss in losses.items() if alike else ():
+            found.setdefault(kind, {}).setdefault(how, []).append(loss / alike)
     rows: list[Row] = [
         (kind, *(_spread(how.get(name, [])) for name in (RECORDED, TRAINED))) for kind, how in found.items()
     ]
@@ -212,6 +216,11 @@ def _at_equal_learning(kinds: Kinds, kind: str) -> float | None:
         if x <= target <= next_x:
             return math.exp(y + (next_y - y) * (target - x) / (next_x - x))
     return None
+
+
+def _in_learning(kinds: Kinds, kind: str) -> float | None:
+    """Loss on the old task where the new one was learned under the gate at 0.98."""
+    return kinds[kind][0.98]["old"][1] if 0.98 in kinds[kind] else None
 
 
 def _scores(folder: Path, seed: int) -> dict[str, dict[str, float]] | None:
