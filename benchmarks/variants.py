@@ -164,16 +164,36 @@ ESTIMATORS = {  # each as a gate by entry: configuration, estimator
     "change": ("agcl_change", None),
     "random": ("agcl_random", None),
 }
+RANK = {f"{CALLBACK}.importance.normalisation": "rank", f"{CALLBACK}.strength": 8.0}
 for name, (method, estimator) in ESTIMATORS.items():
     # By rank the importance of a tensor is spread evenly over [0, 1]: whatever the score, mean plasticity is
     # 1 / (1 + strength).
-    rank = {f"{CALLBACK}.importance.normalisation": "rank", f"{CALLBACK}.strength": 8.0}
+    rank = dict(RANK)
     if estimator:
         rank[f"{CALLBACK}.estimator"] = {
             "class_path": f"agcl.attribution.estimators.{estimator[0]}",
             "init_args": estimator[1],
         }
     RIVALS[f"by rank of {name}"] = (f"method/{method}.yaml", rank)
+OPTIONS = {  # one thing that is otherwise in a gate by entry, by rank of AttnLRP's squared gradient
+    "scope: row": {"importance.scope": "row"},
+    "scope: layer": {"importance.scope": "layer"},
+    "scope: model": {"importance.scope": "model"},
+    "quantile 0.5 in place of ranks": {"importance.normalisation": "quantile", "importance.quantile": 0.5},
+    "mean of the 8 largest rows": {"importance.top_k": 8},
+    "8 rows": {"num_samples": 8},
+    "16 rows": {"num_samples": 16},
+    "positive relevance": {"estimator.init_args.score": "relevance", "importance.sign": "positive"},
+    "embedding not gated": {"parameters": "layers"},
+    "mean over tasks": {"merge": "mean"},
+    "probabilistic or": {"merge": "probabilistic_or"},
+    "single-task model": {"source": "single_task"},
+    "old tasks scored anew from 8 rows": {"reestimate": 8},
+}
+for name, settings in OPTIONS.items():
+    options = {f"{CALLBACK}.{key}": value for key, value in settings.items()}
+    RIVALS[f"by rank, {name}"] = ("method/agcl_entries.yaml", RANK | options)
+RIVALS["by rank, 4 old rows"] = ("method/agcl_entries.yaml", RANK | REPLAY)
 
 
 def arguments(options, folder):
