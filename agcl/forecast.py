@@ -138,6 +138,7 @@ class Settings:
         gate: Whether there is one.
         importance_bytes: Kept between steps per gated weight: 1; with ``importance_bits: 16``, 2; the merges
             ``mean`` and ``probabilistic_or`` twice that and one more; the shuffled control one more.
+        file_bytes: Of a gated weight in a task's importance file: 1; with ``importance_bits: 16``, 2.
         importance_on_host: Whether importance lies in host memory.
         aggregation: ``mean`` over samples, or the mean of the K largest, by ``blocks`` or ``exact``.
         top_k: K.
@@ -153,6 +154,7 @@ class Settings:
     state_bytes: float = 8
     gate: bool = True
     importance_bytes: int = 1
+    file_bytes: int = 1
     importance_on_host: bool = False
     aggregation: Literal["mean", "blocks", "exact"] = "mean"
     top_k: int = 8
@@ -357,5 +359,5 @@ def _files(size: ModelSize, settings: Settings, work: Work) -> dict[str, int]:
     checkpoint = size.weights * width + int(size.trained * settings.state_bytes) + importance + 4 * size.squares
     files = {"one checkpoint": checkpoint}
     if settings.gate:
-        files["importance of all tasks"] = size.gated * work.num_tasks
+        files["importance of all tasks"] = size.gated * settings.file_bytes * work.num_tasks
     return files

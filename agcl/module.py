@@ -91,6 +91,8 @@ class ContinualLM(LightningModule):
         """Called when the language model has been loaded: what methods change before there is an optimizer."""
         self.checkpoint_changes: list[Callable[[dict[str, Any]], None]] = []
         """Called with a checkpoint before it is loaded: the model that methods expect to find in it."""
+        self.late_measurements: list[Callable[[], None]] = []
+        """Called once when training starts, after all callbacks: what a resumed run has yet to measure."""
         self.num_answers = 0
         """Rows of each task whose answers are kept in ``answers`` at each scoring; ``ContinualReport`` sets it."""
         self.answers = AnswerRecord()
@@ -192,6 +194,8 @@ class ContinualLM(LightningModule):
         if completed and self.score_matrices[SCORE].compute()[completed].isnan().all():
             # From a checkpoint of an epoch's last batch, Lightning goes on with the next epoch without validating.
             self._score_late(completed)
+        while self.late_measurements:
+            self.late_measurements.pop(0)()
 
     def on_train_epoch_start(self) -> None:
         """Begin the task, if it is its first epoch."""
@@ -247,17 +251,22 @@ class ContinualLM(LightningModule):
         logits, targets = answer_logits(self.model, batch, self._run)
         loss = token_nll(logits, targets).sum() / (targets != IGNORED_LABEL).sum()
         task = self.tasks.name_at(self.trainer.current_epoch)
-        if not loss.isfinite():  # before the weights, and with them the next checkpoint, are spoiled
-            raise self._diverged(task, f"the loss is {loss.item()}")
+        self._check_finite(task, "loss", loss)
         optimizer = self.optimizers(use_pl_optimizer=False)
         self.log("loss", loss.detach(), prog_bar=True, logger=False)
         self.log(f"train/{task}/loss", loss.detach())
         self.log(f"train/{task}/learning_rate", optimizer.param_groups[0]["lr"])  # type: ignore[union-attr]
         for name, term in self.loss_terms.items():
             value = term(batch, logits, targets)
+            self._check_finite(task, f"term `{name}` of the loss", value)
             self.log(f"train/{task}/{name}", value.detach())
             loss = loss + value
         return loss
+
+    def _check_finite(self, task: str, what: str, value: Tensor) -> None:
+        """Before the weights, and with them the next checkpoint, are spoiled."""
+        if not value.isfinite():
+            raise self._diverged(task, f"the {what} is {value.item()}")
 
     # ----------------------------------------------------------------- scoring
 
@@ -376,6 +385,11 @@ class ContinualLM(LightningModule):
             raise AgclError(
                 f"The checkpoint was saved with `regime: {regime}`, but the configuration says "
                 f"`{self.tasks.regime}`. Resume with the configuration that it was saved with."
+            )
+        if missing := saved["scores"].keys() ^ self.score_matrices.keys():
+            raise AgclError(
+                "The checkpoint was saved with other `probes` than the configuration declares "
+                f"({', '.join(sorted(missing))}). Resume with the configuration that it was saved with."
             )
         for name, scores in saved["scores"].items():
             for num_learned, task_index in scores.isfinite().nonzero().tolist():

@@ -249,6 +249,7 @@ def read_settings(config: Any, machine: Machine) -> Settings:
     return replace(
         settings,
         importance_bytes=merged + (each if callback.get("control", "none") == "shuffled" else 0),
+        file_bytes=each,
         importance_on_host=callback.get("importance_on", "device") == "host",
         aggregation="mean" if top_k is None else importance.get("top_k_method", "blocks"),
         top_k=top_k or 1,

@@ -117,6 +117,11 @@ class Ranks:
         """The sum of the processes' tensors of one shape."""
         return self._reduced(value, distributed.ReduceOp.SUM)
 
+    def agree_on(self, value: Tensor) -> None:
+        """Overwrite a tensor, contiguous and of one shape everywhere, by the first process's."""
+        if self.size > 1:
+            distributed.broadcast(value, src=0)
+
     def flags(self, mine: Sequence[bool], device: torch.device) -> list[list[bool]]:
         """The flags of all processes, by rank; each has as many."""
         if self.size == 1:

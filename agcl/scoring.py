@@ -1,6 +1,7 @@
 """Answers of a causal language model: likelihood, greedy generation, ranking of labels, and the score of a task."""
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -117,15 +118,25 @@ def generate_answers(
     Returns:
         One text for each prompt.
     """
-    context = getattr(_base_model(model).config, "max_position_embeddings", None) if len(prompts) > 1 else None
-    is_sharded = has_shards(model)
-    if context is not None and _any_process(max(map(len, prompts)) + max_new_tokens > context, model, is_sharded):
-        # Beside a long prompt a short one could not be given the room for its own answer.
-        answers = [None] * len(prompts) if wanted is None else [[answer] for answer in wanted]
-        return [
-            generate_answers(model, tokenizer, [prompt], min(max_new_tokens, context - len(prompt)), answer)[0]
-            for prompt, answer in zip(prompts, answers, strict=True)
-        ]
+    context, is_sharded = _context(model), has_shards(model)
+    if not _any_process(max(map(len, prompts)) + max_new_tokens > context, model, is_sharded):
+        return _generate(model, tokenizer, prompts, max_new_tokens, wanted)
+    # Beside a long prompt a short one could not be given the room for its own answer.
+    answers = [None] * len(prompts) if wanted is None else [[answer] for answer in wanted]
+    return [
+        _generate(model, tokenizer, [prompt], int(min(max_new_tokens, context - len(prompt))), answer)[0]
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+
+
+def _generate(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    wanted: Sequence[str] | None,
+) -> list[str]:
+    """As `generate_answers`, of prompts that leave room for so many tokens."""
     rows = [{"input_ids": ids, "labels": ids, "label": -1, "answer": ""} for ids in prompts]
     batch = collate(rows, int(tokenizer.pad_token_id))
     input_ids = batch["input_ids"].to(model.device)
@@ -137,7 +148,7 @@ def generate_answers(
         attention_mask=batch["attention_mask"].to(model.device),
         generation_config=plain_generation(tokenizer, max_new_tokens=max_new_tokens, do_sample=False),
         stopping_criteria=criteria,
-        synced_gpus=is_sharded,  # processes need each other for every token
+        synced_gpus=has_shards(model),  # processes need each other for every token
     )
     texts = tokenizer.batch_decode(output[:, input_ids.shape[1] :], skip_special_tokens=True)
     return [text.strip() for text in texts]
@@ -165,6 +176,8 @@ def rank_labels(
 ) -> Tensor:
     """Index of the most likely candidate answer for each prompt: log-likelihood summed over the candidate's tokens.
 
+    A prompt loses its beginning where the model's context does not hold it beside the longest candidate.
+
     Args:
         model: The language model.
         prompts: Token ids of the prompts.
@@ -174,6 +187,8 @@ def rank_labels(
     Returns:
         int64 tensor of shape ``(len(prompts),)`` on the model's device.
     """
+    room = _context(model) - max(map(len, candidates))
+    prompts = [prompt if len(prompt) <= room else prompt[-int(room) :] for prompt in prompts]
     log_likelihoods = []
     for candidate in candidates:
         rows = [
@@ -212,11 +227,11 @@ class TaskScorer(nn.Module):
         self.max_new_tokens = min(max_new_tokens, task.max_new_tokens or max_new_tokens)
         self.score: Metric
         if not task.metric.startswith("label"):
-            self.score = MeanMetric()
+            self.score = MeanMetric(nan_strategy="disable")
         else:
             # One class more than labels: what is generated may be none of them.
             self.score = MulticlassAccuracy(num_classes=len(task.labels or ()) + 1, average="micro")
-        self.nll = MeanMetric()
+        self.nll = MeanMetric(nan_strategy="disable")  # a model that has diverged on some rows has diverged
 
     def update(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: Mapping[str, Any]) -> None:
         """Score one collated batch."""
@@ -292,6 +307,11 @@ class TaskScorer(nn.Module):
     def compute(self) -> dict[str, Tensor]:
         """``score`` (in [0, 1]) and ``nll`` (nats per answer token) over all that was seen, scalars."""
         return {"score": self.score.compute(), "nll": self.nll.compute()}
+
+
+def _context(model: Any) -> float:
+    """Tokens that a model can look back on, as its configuration states it; else infinity."""
+    return getattr(_base_model(model).config.get_text_config(), "max_position_embeddings", None) or math.inf
 
 
 def _base_model(model: Any) -> PreTrainedModel:

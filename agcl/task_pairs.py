@@ -98,9 +98,14 @@ def has_pairs(model: Any) -> bool:
     return LEARNING in getattr(model, "peft_config", {})
 
 
+def has_learned_pairs(model: Any) -> bool:
+    """Whether a task has been learned by pairs: all of them begin with a ``B`` of zeros."""
+    return has_pairs(model) and bool(_learned(model))
+
+
 def activate(model: Any) -> None:
     """Have the pairs that were set aside work in the forward pass, and the learning one learn alone."""
-    past = {name for layer in _layers(model) for name, up in layer.lora_B.items() if up.weight.any()} - {LEARNING}
+    past = _learned(model) - {LEARNING}
     # The learning one last: in this order the sum stays the same to the last bit when it is set aside.
     order = [name for name in model.peft_config if name in past] + [LEARNING]
     if model.active_adapters != order:
@@ -155,6 +160,10 @@ def past_bytes(model: Any) -> int:
     """Of the pairs set aside, and of the room for those to come."""
     names = [f".{name}." for name in getattr(model, "peft_config", ()) if name != LEARNING]
     return sum(p.nbytes for name, p in model.named_parameters() if any(past in name for past in names))
+
+
+def _learned(model: Any) -> set[str]:
+    return {name for layer in _layers(model) for name, up in layer.lora_B.items() if up.weight.any()}
 
 
 def _past(index: int) -> str:

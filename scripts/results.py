@@ -24,7 +24,8 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "directions": ("plasticity", "every"),
 }
 RECORDED, TRAINED = "recorded step", "task being learned"  # what a gate of `benchmarks/weights.py` is on
-BY_RANK = "by rank of "  # of `benchmarks/variants.py`
+# Of `benchmarks/variants.py`: an estimator's ranks, and another option of the gate by AttnLRP's.
+BY_RANK, OTHER = "by rank of ", "by rank, "
 NUMBERS = (*(metric.replace("_", " ") for metric in METRICS), "old loss", "English")
 Row = tuple[object, ...]
 Kinds = dict[str, dict[float, dict[str, Any]]]  # way to weigh -> plasticity -> row of `benchmarks/weights.py`
@@ -109,11 +110,11 @@ def gates() -> str:
 
 
 def variants() -> str:
-    """Rows of `benchmarks/variants.py`, but for the estimators at equal plasticity."""
+    """Rows of `benchmarks/variants.py`, but for the gates by rank."""
     rows: list[Row] = [
         (row["tasks"], row["variant"], f"{row['lr']:g}", *_numbers(row))
         for row in _lines("variants")
-        if not row["variant"].startswith(BY_RANK)
+        if not row["variant"].startswith((BY_RANK, OTHER))
     ]
     return _table(("tasks", "variant", "learning rate", *NUMBERS), rows)
 
@@ -133,6 +134,21 @@ def estimators() -> str:
         )
         rows.append((*settings, *_numbers(row)))
     return _table(("plasticity", "learning rate", "seed", "importance by rank of", *NUMBERS), rows)
+
+
+def entries() -> str:
+    """Rows of `benchmarks/variants.py` where one thing is otherwise in a gate by rank, beside the gate as it is."""
+    found = [row for row in _lines("variants") if row["variant"].startswith(OTHER)]
+    as_it_is = [row for row in _lines("variants") if row["variant"] == f"{BY_RANK}AttnLRP, squared"]
+    rows: list[Row] = []
+    for settings, group in itertools.groupby(found, key=_settings):
+        rows += [("as it is", *settings, *_numbers(row)) for row in as_it_is if _settings(row) == settings]
+        rows += [(row["variant"].removeprefix(OTHER), *settings, *_numbers(row)) for row in group]
+    return _table(("what is otherwise", "strength", "learning rate", "seed", *NUMBERS), rows)
+
+
+def _settings(row: dict[str, Any]) -> Row:
+    return f"{row['strength']:g}", f"{row['lr']:g}", row["seed"]
 
 
 def _lines(name: str) -> list[dict[str, Any]]:

@@ -509,6 +509,14 @@ def test_the_loss_is_looked_at_before_the_step(llama_folder, task_files, tmp_pat
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
+def test_terms_of_the_loss_are_looked_at_too(llama_folder, task_files, tmp_path):
+    model, data = build(llama_folder, task_files[:1])
+    model.loss_terms["penalty"] = lambda batch, logits, targets: logits.sum() * torch.nan
+    with pytest.raises(ValueError, match="Task `task0`: the term `penalty` of the loss is nan at step 0 "):
+        trainer_for(data, tmp_path).fit(model, datamodule=data)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
 def test_a_full_disk_leaves_the_checkpoint(place, capsys, monkeypatch):
     before = contents(place.folder)
 

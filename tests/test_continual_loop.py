@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -211,6 +212,27 @@ def test_checkpoint_of_another_model_is_refused(llama_folder, gpt2_folder, task_
         trainer_for(data, tmp_path).fit(model, datamodule=data, ckpt_path=checkpoint)
     model, data = build(llama_folder, task_files[:2])
     with pytest.raises(AgclError, match=r"saved while learning the tasks .*task2.* but the configuration declares"):
+        trainer_for(data, tmp_path).fit(model, datamodule=data, ckpt_path=checkpoint)
+
+
+def test_of_rows_fewer_than_processes_each_is_counted_once(llama_folder, task_files, monkeypatch):
+    _, data = build(llama_folder, task_files[:1], task_options={"test_split": "train[:2]"})
+    data.setup("fit")
+    data.trainer = SimpleNamespace(world_size=3, strategy=None)
+    monkeypatch.setattr("agcl.data.datamodule.UnrepeatedDistributedSampler", lambda rows, shuffle: range(len(rows)))
+    (loader,) = data.val_dataloader()
+    batches = list(loader)
+    assert sum(len(batch["counts"]) for batch in batches) == 3  # one for each process
+    assert torch.cat([batch["counts"] for batch in batches]).tolist() == [True, True, False]
+
+
+def test_checkpoint_with_other_probes_is_refused(llama_folder, task_files, tmp_path):
+    model, data = build(llama_folder, task_files[:1], task_options={"probes": {"first": Probe("train[:1]")}})
+    trainer = trainer_for(data, tmp_path, [checkpoints(tmp_path)], enable_checkpointing=True)
+    trainer.fit(model, datamodule=data)
+    checkpoint = next((tmp_path / "checkpoints").glob("*.ckpt"))
+    model, data = build(llama_folder, task_files[:1])
+    with pytest.raises(AgclError, match=r"saved with other `probes` .*nll/first, score/first"):
         trainer_for(data, tmp_path).fit(model, datamodule=data, ckpt_path=checkpoint)
 
 

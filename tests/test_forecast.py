@@ -119,6 +119,8 @@ def test_checkpointing_gates_and_precision_change_what_they_should():
     on_host = forecast(SIZE, Settings("32", importance_on_host=True), WORK, cpu)
     assert on_host.host == {"importance": GIGA}
     assert "importance" not in on_host.kept
+    finer = forecast(SIZE, Settings("32", importance_bytes=2, file_bytes=2), WORK, cpu)
+    assert finer.files["importance of all tasks"] == 2 * on_host.files["importance of all tasks"]
 
 
 def test_unknown_settings_are_refused():

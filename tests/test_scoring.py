@@ -119,6 +119,23 @@ def test_long_prompts_leave_short_ones_their_room(model):
     together = generate_answers(model, character_tokenizer(), prompts, max_new_tokens=8)
     assert together[0] == generate_answers(model, character_tokenizer(), prompts[:1], max_new_tokens=4)[0]
     assert together[1] == generate_answers(model, character_tokenizer(), prompts[1:], max_new_tokens=8)[0]
+    alone = generate_answers(model, character_tokenizer(), prompts[:1], max_new_tokens=8)  # room for four
+    assert alone == together[:1]
+
+
+def test_ranking_a_label_that_does_not_fit_beside_the_prompt_leaves_out_its_beginning(model):
+    candidates = [row("", " b")["input_ids"], row("", " cdefgh")["input_ids"]]
+    prompt = row("x" * 20 + "cat and dog and eel and owl and hen and?", "")["input_ids"][:-1]
+    assert 64 - len(candidates[1]) < len(prompt) < 64
+    cut = prompt[len(prompt) + len(candidates[1]) - 64 :]
+    reference = [
+        -sum(reference_nll(model, {"input_ids": cut + ids, "labels": [-100] * len(cut) + ids})) for ids in candidates
+    ]
+    seen = []
+    model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True)
+    ranked = rank_labels(model, [prompt], candidates, pad_token_id=1)
+    assert ranked.tolist() == [max(range(2), key=lambda index: reference[index])]
+    assert [ids.shape[1] for ids in seen] == [len(cut) + len(ids) for ids in candidates]
 
 
 def test_label_accuracy_knows_the_whole_answer_template():
@@ -126,6 +143,18 @@ def test_label_accuracy_knows_the_whole_answer_template():
     scorer = TaskScorer(task, [], 6)
     scorer.update(Parrot(" it a"), character_tokenizer(), collate([row("cat?", " it a", 0)], 1))
     assert scorer.compute()["score"] == 1.0
+
+
+def test_one_row_that_is_no_number_is_enough():
+    class Diverged(Parrot):
+        def forward(self, input_ids, attention_mask, use_cache):
+            logits = torch.zeros(*input_ids.shape, 70)
+            logits[0] = torch.nan
+            return type("Output", (), {"logits": logits})()
+
+    scorer = TaskScorer(Task(name="t", source="x"), [], 3)
+    scorer.update(Diverged(" a"), character_tokenizer(), collate([row("cat?", " a"), row("dog?", " a")], 1))
+    assert scorer.compute()["nll"].isnan()
 
 
 @pytest.mark.parametrize(("answer", "expected"), [(" a", 0.5), (" b", 0.25), (" z", 0.0)])

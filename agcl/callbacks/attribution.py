@@ -29,7 +29,16 @@ from agcl.errors import AgclError
 from agcl.gating import GradientGate, UpdateGate, cancels_gradient_gate, choose_gate, flattened, shuffled
 from agcl.own_text import text_samples, write_text
 from agcl.shards import has_shards
-from agcl.task_pairs import activate, add_pairs, has_pairs, pairs_problem, past_bytes, set_aside, unfit_pairs
+from agcl.task_pairs import (
+    activate,
+    add_pairs,
+    has_learned_pairs,
+    has_pairs,
+    pairs_problem,
+    past_bytes,
+    set_aside,
+    unfit_pairs,
+)
 
 Source = Literal["running", "single_task"]
 
@@ -137,15 +146,22 @@ class AttributionCallback(Callback):
             estimator, num_samples, batch_size, per_sample, importance, importance_bits, parameters, seed
         )
         self._is_auto = directions == "auto"
+        problem = directions_problem(type(estimator), source, reestimate, strength)
+        if problem and directions is not None and not self._is_auto:
+            raise AgclError(problem)
+        self._options: Directions | None = None
+        if directions is not None and problem is None:
+            self._options = Directions() if isinstance(directions, str) else directions
+        self._merge, self._bits = merge, importance_bits
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        """As if no task had been learned."""
         self._directions: DirectionsSoFar | None = None
-        if directions is not None:
-            problem = directions_problem(type(estimator), source, reestimate, strength)
-            if problem is None:
-                chosen = Directions() if isinstance(directions, str) else directions
-                self._directions = DirectionsSoFar(chosen, cast(PerSampleGradient, estimator), control)
-            elif not self._is_auto:
-                raise AgclError(problem)
-        self._so_far = ImportanceSoFar(merge, importance_bits, importance_on, needs_files=reestimate > 0)
+        if self._options is not None:
+            estimator = cast(PerSampleGradient, self.estimator)
+            self._directions = DirectionsSoFar(self._options, estimator, self.control)
+        self._so_far = ImportanceSoFar(self._merge, self._bits, self.importance_on, needs_files=self.reestimate > 0)
         self._initial: InitialModel | None = None
         self.num_boundaries = 0
         """Number of task boundaries passed, those included where nothing was answered correctly."""
@@ -173,7 +189,9 @@ class AttributionCallback(Callback):
     # --------------------------------------------------------------- life cycle
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        """Check what a model of each task's own would be made from; choose the kind of gate."""
+        """Forget an earlier run (what is resumed is loaded after this); check what models would be made from."""
+        if stage == "fit" and not trainer.global_step:  # a Trainer that has trained goes on
+            self._begin_anew()
         if stage == "fit" and self.source == "single_task" and pl_module.model is not None:
             raise AgclError(
                 "`source: single_task` trains a model for each task from `model_name_or_path`, but this ContinualLM "
@@ -185,7 +203,7 @@ class AttributionCallback(Callback):
         model = pl_module.model
         if model is None:
             pl_module.model_changes.append(lambda: self._make_pairs(pl_module))
-        elif has_pairs(model) and stage == "fit" and not trainer.ckpt_path:
+        elif has_learned_pairs(model) and stage == "fit" and not trainer.ckpt_path:
             raise AgclError("This ContinualLM has learned tasks before, each with a pair of its own; make a new one.")
         elif hasattr(model, "peft_config") and not has_pairs(model):
             self._drop_directions("this ContinualLM holds an adapter already, which may have learned; make a new one")
@@ -354,7 +372,8 @@ class AttributionCallback(Callback):
             self.num_boundaries = index + 1
             if self._gates_pairs(pl_module) and not is_last:
                 set_aside(pl_module.model, index, self._resolved_seed(trainer) + index)
-        if self.files or self._gates_pairs(pl_module):  # a fresh pair is gated anew
+        # A fresh pair is gated anew, and after resuming own text is held also where no task has importance.
+        if self.files or self._gates_pairs(pl_module) or (self._directions and self._directions.moments.sums):
             self._attach_gate(trainer, pl_module, is_last=is_last, begins=begins)
 
     def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
@@ -461,18 +480,17 @@ class AttributionCallback(Callback):
 
     def _attach_gate(self, trainer: Trainer, pl_module: Any, *, is_last: bool, begins: bool) -> None:
         self._detach_gate()
-        seed = self._resolved_seed(trainer)
+        seed, optimizer = self._resolved_seed(trainer), self._optimizer(trainer)
         importance, is_sharded = self.importance, has_shards(pl_module.model)
-        if self.control == "shuffled":
-            importance = shuffled(importance, seed)
-        elif self.control == "flattened":
-            importance = flattened(importance)
-        optimizer = self._optimizer(trainer)
         if self._directions:
             self._directions.attach(optimizer, pl_module.model, seed, is_last=is_last, begins=begins)
             importance = {name: t for name, t in importance.items() if not self._directions.leaves_out(name)}
-            if not importance:
-                return
+        if not importance:
+            return
+        if self.control == "shuffled":
+            importance = shuffled(importance, seed)
+        elif self.control == "flattened":  # to the mean of what is gated like this
+            importance = flattened(importance)
         kind = self.gate
         if kind == "auto":
             kind = "update" if is_sharded else choose_gate(optimizer)
@@ -489,7 +507,7 @@ class AttributionCallback(Callback):
             self._attached = None
 
     def plasticity(self) -> dict[str, float]:
-        """Mean remaining plasticity of each gated parameter, in [0, 1]; empty before the first task boundary."""
+        """Mean remaining plasticity of each gated parameter, in [0, 1]; empty where nothing is gated."""
         by_entry = {} if self._attached is None else self._attached.plasticity()
         return by_entry | (self._directions.plasticity() if self._directions else {})
 

@@ -30,10 +30,13 @@ class BesideScoring(Callback):
             self._measure(trainer, pl_module, pl_module.num_learned)
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """On resuming: make up for a measurement that did not take place."""
+        """On resuming: have a measurement made up for that did not take place, once a gate has closed the task."""
         completed = pl_module.tasks.num_completed(trainer.current_epoch)
         if completed and not self._has_measured(completed):
             # From a checkpoint of an epoch's last batch, Lightning goes on with the next epoch without validating.
-            pl_module.eval()
-            self._measure(trainer, pl_module, completed)
-            pl_module.train()
+            pl_module.late_measurements.append(lambda: self._measure_late(trainer, pl_module, completed))
+
+    def _measure_late(self, trainer: Trainer, pl_module: Any, num_learned: int) -> None:
+        pl_module.eval()
+        self._measure(trainer, pl_module, num_learned)
+        pl_module.train()

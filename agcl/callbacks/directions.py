@@ -20,6 +20,7 @@ from agcl.attribution.estimators import Estimator, Evidence, PerSampleGradient
 from agcl.attribution.passes import Sample
 from agcl.errors import AgclError
 from agcl.gating import DirectionalGate
+from agcl.ranks import Ranks
 from agcl.task_pairs import pairs_of
 
 
@@ -140,6 +141,8 @@ class DirectionsSoFar:
         found = InputMoments() if observed is None else observed.moments()
         if not found.sums:  # several processes took turns, or rows were summed
             found = input_moments(evidence, self._estimator, self._transposed, weighted=self.options.weighted)
+        for moment in found.sums.values():  # rounding must not let the processes' weights part
+            Ranks.of_this_run().agree_on(moment)
         self.moments += found.normalised()
 
     def attach(

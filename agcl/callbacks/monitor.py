@@ -70,13 +70,21 @@ class ContinualMonitor(Callback):
         if index > 0 and (before := pl_module.tasks[index - 1].name) not in self._plasticity:
             self._log(trainer, pl_module, before)
 
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """The last task is learned: keep what there is to show in the checkpoint of its last epoch."""
+        attribution, num_tasks = _attribution(trainer), len(pl_module.tasks)
+        is_behind = attribution is not None and attribution.num_boundaries < num_tasks  # its turn is yet to come
+        if trainer.current_epoch + 1 == trainer.max_epochs and not is_behind:
+            self._log(trainer, pl_module, pl_module.tasks[-1].name)
+
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """The last task is learned."""
-        self._log(trainer, pl_module, pl_module.tasks[-1].name)
+        if (last := pl_module.tasks[-1].name) not in self._plasticity:
+            self._log(trainer, pl_module, last)
 
     def _log(self, trainer: Trainer, pl_module: Any, task: str) -> None:
         scores = pl_module.score_matrices[SCORE].compute()  # on all ranks
-        attribution = next((c for c in trainer.callbacks if isinstance(c, AttributionCallback)), None)  # type: ignore[attr-defined]
+        attribution = _attribution(trainer)
         plasticity = layer_plasticity(attribution, pl_module.model) if attribution else {}
         self._plasticity[task] = plasticity
         for logger in trainer.loggers:
@@ -94,6 +102,10 @@ class ContinualMonitor(Callback):
                 board.add_figure("plasticity", plot_plasticity(left)[0], step)
                 for layer, values in layer_samples(importance).items():
                     board.add_histogram(f"importance/{tag(layer)}", values, step)
+
+
+def _attribution(trainer: Trainer) -> AttributionCallback | None:
+    return next((c for c in trainer.callbacks if isinstance(c, AttributionCallback)), None)  # type: ignore[attr-defined]
 
 
 def score_figure(scores: Tensor, tasks: list[str]) -> Figure:

@@ -60,6 +60,11 @@ class ContinualReport(Callback):
         self._start = time.monotonic()
         self._processor_start = time.process_time()
 
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Forget an earlier run (what is resumed is loaded after this)."""
+        self._seconds_before = self._processor_seconds_before = 0.0
+        self._extra_bytes = 0
+
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Start the clocks; ask for answers; count the weights to train, before a method freezes some for a while."""
         self._is_finished = False

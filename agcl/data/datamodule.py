@@ -324,8 +324,8 @@ class ContinualDataModule(LightningDataModule):
         """One loader for each task's own rows to be scored and each of its probes, in the order of :attr:`evaluations`.
 
         Over several processes each row is scored once: the usual sampler would repeat some to make the shares equal.
-        Where processes need each other for every forward pass (weights that are split over them), rows are repeated to
-        make them equal, and do not count.
+        Where processes need each other for every forward pass (weights that are split over them), or there are fewer
+        rows than processes, rows are repeated to make the shares equal, and do not count.
         """
         world_size = 1 if self.trainer is None else self.trainer.world_size
         is_sharded = self.trainer is not None and isinstance(self.trainer.strategy, ModelParallelStrategy)
@@ -333,12 +333,15 @@ class ContinualDataModule(LightningDataModule):
             DataLoader(
                 rows,
                 batch_size=self.eval_batch_size,
-                sampler=UnrepeatedDistributedSampler(rows, shuffle=False) if 1 < world_size <= len(rows) else None,
+                sampler=UnrepeatedDistributedSampler(rows, shuffle=False) if world_size > 1 else None,
                 collate_fn=partial(collate, pad_token_id=self.tokenizer.pad_token_id),
                 num_workers=self.num_workers,
                 generator=torch.Generator(),
             )
-            for rows in (filled_up(rows, world_size) if is_sharded else rows for _, _, rows in self._evaluations)
+            for rows in (
+                filled_up(rows, world_size) if is_sharded or len(rows) < world_size else rows
+                for _, _, rows in self._evaluations
+            )
         ]
 
 

@@ -10,6 +10,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from agcl.metrics import functional
 from agcl.results import METRIC_MEANINGS, shown_name
+from agcl.task_pairs import num_pairs
 from agcl.version import __version__
 
 from .finding import Trained
@@ -119,13 +120,19 @@ def _importance(trained: Trained) -> str:
         ]
         for file in trained.importance
     ]
+    shown = [
+        "How much each weight contributes to the right answers of a task, one file per task.",
+        "",
+        _table(["file", "task", "estimator", "rows"], rows),
+        "",
+    ]
+    if any(num_pairs(file) for file in trained.importance):
+        shown.append("It is of each task's own LoRA pair; this adapter is their sum. It is to look at, not to gate by.")
+        return "\n".join(shown)
     files = ", ".join(f'"importance/{file.path.name}"' for file in trained.importance)
     return "\n".join(
         [
-            "How much each weight contributes to the right answers of a task, one file per task.",
-            "",
-            _table(["file", "task", "estimator", "rows"], rows),
-            "",
+            *shown,
             "To learn another task and keep these, let the gate hold back what they need:",
             "",
             "```python",

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..errors import AgclError
 
-FIXED_POINT = {torch.uint8: 255, torch.uint16: 65535}  # importance is value / this; as in agcl.attribution.importance
+FIXED_POINT = {torch.uint8: 255, torch.uint16: 65535}  # importance is value / this; as in agcl.attribution.levels
 # Entries: per thread, so that temporaries stay in its cache; few kernel launches.
 _CPU_CHUNK, _DEVICE_CHUNK = 2**16, 2**24
 

@@ -1,5 +1,7 @@
 """AttributionCallback with `directions`, in whole runs on a tiny model."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from helpers import (
@@ -20,6 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from agcl.attribution.estimators import Wanda
 from agcl.callbacks import AttributionCallback, Directions
+from agcl.callbacks.directions import DirectionsSoFar
 from agcl.errors import AgclError
 
 
@@ -37,15 +40,13 @@ def test_matrices_hardly_move_in_the_directions_that_the_first_task_needs(
 ):
     callback = by_direction(0.2, every=2)
     moments = {}
-    learn = callback._directions.learn
+    learn = DirectionsSoFar.learn
 
-    def keep(evidence, *observed):
-        learn(evidence, *observed)
-        moments.update(
-            {} if moments else {name: tensor.clone() for name, tensor in callback._directions.moments.sums.items()}
-        )
+    def keep(self, evidence, *observed):
+        learn(self, evidence, *observed)
+        moments.update({} if moments else {name: tensor.clone() for name, tensor in self.moments.sums.items()})
 
-    monkeypatch.setattr(callback._directions, "learn", keep)
+    monkeypatch.setattr(DirectionsSoFar, "learn", keep)
     control = by_direction(0.2, every=2, control="shuffled")
     _, (first, second, _) = fit(llama_folder, task_files, tmp_path / "own", callback, precision=precision)
     _, (_, shuffled, _) = fit(llama_folder, task_files, tmp_path / "shuffled", control, precision=precision)
@@ -60,18 +61,18 @@ def test_matrices_hardly_move_in_the_directions_that_the_first_task_needs(
 
 
 def test_a_task_is_passed_once_for_importance_and_directions(llama_folder, task_files, tmp_path, knowing, monkeypatch):
-    found = {}
+    found, learn = {}, DirectionsSoFar.learn
     for per_sample in (True, False):  # a sum of rows says nothing of each
         callback = by_direction(num_samples=3, batch_size=2, per_sample=per_sample)
         model, data = build(llama_folder, task_files[:2])
-        passes, learn = [], callback._directions.learn
+        passes = []
 
-        def counted(evidence, observed, learn=learn, passes=passes):
+        def counted(self, evidence, observed, passes=passes):
             handle = evidence.model.register_forward_pre_hook(lambda *_: passes.append(1))
-            learn(evidence, observed)
+            learn(self, evidence, observed)
             handle.remove()
 
-        monkeypatch.setattr(callback._directions, "learn", counted)
+        monkeypatch.setattr(DirectionsSoFar, "learn", counted)
         trainer_for(data, tmp_path / str(per_sample), [callback]).fit(model, datamodule=data)
         assert len(passes) == (0 if per_sample else 2 * 2)  # two tasks, three rows by two
         found[per_sample] = callback._directions.moments.sums
@@ -82,15 +83,15 @@ def test_matrices_hardly_move_in_the_directions_of_what_the_model_wrote_itself(
     llama_folder, task_files, tmp_path, knowing, monkeypatch
 ):
     callback = by_direction(0.2, every=2, own_text=8)
-    learn, moments = callback._directions.learn, {}
+    learn, moments = DirectionsSoFar.learn, {}
 
-    def keep(evidence, *observed):
-        learn(evidence, *observed)
+    def keep(self, evidence, *observed):
+        learn(self, evidence, *observed)
         if not moments:
             assert evidence.num_used == 8  # though drawn tokens are not the likeliest
-            moments.update(callback._directions.moments.sums)
+            moments.update(self.moments.sums)
 
-    monkeypatch.setattr(callback._directions, "learn", keep)
+    monkeypatch.setattr(DirectionsSoFar, "learn", keep)
     start = AutoModelForCausalLM.from_pretrained(llama_folder).state_dict()
     _, (held, *_) = fit(llama_folder, task_files, tmp_path / "held", callback)
     _, (free, *_) = fit(llama_folder, task_files, tmp_path / "free", by_direction())
@@ -143,7 +144,13 @@ def test_uniform_control_is_the_budget_in_every_direction(llama_folder, task_fil
     class Maps(Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             if trainer.current_epoch == EPOCHS:
-                check_budget(callback, 0.6, callback.plasticity())
+                plasticity = callback.plasticity()
+                check_budget(callback, 0.6, plasticity)
+                # What has no directions is gated to its own mean.
+                entries = [levels for name, levels in callback.importance.items() if not name.endswith("proj.weight")]
+                mean = torch.cat([levels.flatten() for levels in entries]).double().mean() / 255
+                flat = [value for name, value in plasticity.items() if not name.endswith("proj.weight")]
+                assert flat == [pytest.approx(1 - float(mean), abs=1e-5)] * len(entries)
                 seen.extend(held for held, _ in callback._directions._gate._maps.values())
 
     callback = by_direction(0.6, control="flattened")
@@ -165,18 +172,39 @@ def test_resumed_run_equals_the_straight_one(llama_folder, task_files, tmp_path,
     def callback():  # more steps from product to product than an epoch has
         return by_direction(every=4, own_text=own_text)
 
-    straight, _ = fit(llama_folder, task_files, tmp_path / "straight", callback())
-    model, data = build(llama_folder, task_files)
+    assert_resumes(llama_folder, task_files, tmp_path, callback, crash_at)
+
+
+def test_own_text_is_held_on_after_resuming_though_no_row_is_answered(llama_folder, task_files, tmp_path, monkeypatch):
+    monkeypatch.setattr("agcl.attribution.relevance.is_correct", lambda logits, targets: False)
+    assert_resumes(llama_folder, task_files, tmp_path, lambda: by_direction(every=4, own_text=3), crash_at=7)
+
+
+def assert_resumes(folder, files, tmp_path, callback, crash_at):
+    straight, _ = fit(folder, files, tmp_path / "straight", callback())
+    model, data = build(folder, files)
     saving = ModelCheckpoint(tmp_path / "kept", filename="{step}", every_n_train_steps=1, save_top_k=-1)
     with pytest.raises(CrashError):
         trainer_for(data, tmp_path / "killed", [callback(), CrashAt(crash_at), saving], enable_checkpointing=True).fit(
             model, datamodule=data
         )
-    model, data = build(llama_folder, task_files)
+    model, data = build(folder, files)
     trainer = trainer_for(data, tmp_path / "resumed", [callback()])
     trainer.fit(model, datamodule=data, ckpt_path=tmp_path / "kept" / f"step={crash_at - 1}.ckpt")
     for name, parameter in weights(straight.model).items():
         assert torch.equal(parameter, weights(model.model)[name]), name
+
+
+@pytest.mark.parametrize("make", [attribution, by_direction])
+def test_a_callback_forgets_an_earlier_run(llama_folder, task_files, tmp_path, knowing, make):
+    used = make()
+    fit(llama_folder, task_files[:2], tmp_path / "earlier", used)
+    again, _ = fit(llama_folder, task_files[1:], tmp_path / "again", used)
+    fresh, _ = fit(llama_folder, task_files[1:], tmp_path / "fresh", make())
+    assert sorted(used.files) == ["task0", "task1"]
+    assert all(tmp_path / "again" in Path(file).parents for file in used.files.values())
+    for name, parameter in weights(fresh.model).items():
+        assert torch.equal(parameter, weights(again.model)[name]), name
 
 
 def killed_by_entry(folder, files, run_dir):

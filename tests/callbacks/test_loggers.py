@@ -11,6 +11,7 @@ import torch
 import yaml
 from helpers import attribution, build, trainer_for
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
@@ -81,6 +82,20 @@ def test_metrics_and_plasticity_reach_other_loggers(logged):
     noted = json.loads(Path(plain.folder, "project/abc123/scores.json").read_text())["plasticity"]
     assert [float(value) for value in last] == pytest.approx([noted[task]["layer 01"] for task in ("task0", "task1")])
     assert 0 < float(last[-1]) < float(last[0]) < 1
+
+
+def test_a_run_resumed_at_its_very_end_has_the_plasticity_of_all_tasks(llama_folder, task_files, tmp_path, knowing):
+    def run(name, checkpoint=None):
+        model, data = build(llama_folder, task_files[:2], task_options={"epochs": 1})
+        saving = ModelCheckpoint(tmp_path / name, "{epoch}", save_on_train_epoch_end=True, save_top_k=-1)
+        callbacks = [attribution(), ContinualMonitor(), ContinualReport(save_model=False), saving]
+        trainer = trainer_for(data, tmp_path / name, callbacks, enable_checkpointing=True)
+        trainer.fit(model, datamodule=data, ckpt_path=checkpoint)
+        return json.loads((tmp_path / name / "scores.json").read_text())["plasticity"]
+
+    straight = run("straight")
+    assert straight["task1"]
+    assert run("resumed", tmp_path / "straight" / "epoch=1.ckpt") == straight
 
 
 def test_tensorboard_compares_runs_in_its_own_tables(logged):

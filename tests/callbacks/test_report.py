@@ -39,6 +39,18 @@ class LookForFiles(Callback):
         self.found.append(sorted(file.name for file in self.folder.glob("score*")))
 
 
+def test_a_report_forgets_an_earlier_run(llama_folder, task_files, tmp_path):
+    report = ContinualReport(save_model=False)
+    for name, callbacks in (("kept", [Keeper()]), ("plain", [])):
+        model, data = build(llama_folder, task_files[:1], task_options={"epochs": 1})
+        trainer_for(data, tmp_path / name, [*callbacks, report]).fit(model, datamodule=data)
+    extra = [
+        json.loads((tmp_path / n / "scores.json").read_text())["extra_bytes_per_weight"] for n in ("kept", "plain")
+    ]
+    assert extra[0] > 0
+    assert extra[1] == 0
+
+
 @pytest.mark.parametrize("keepers", [0, 2])
 def test_results_say_what_the_run_cost_and_are_drawn_at_the_end(llama_folder, task_files, tmp_path, keepers):
     model, data = build(llama_folder, task_files[:2], task_options={"epochs": 1})

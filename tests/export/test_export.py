@@ -108,6 +108,21 @@ def test_the_card_says_what_was_measured(run, tmp_path):
     assert f"torch {torch.__version__}" in lines["trained with"]
     assert "01_task1.safetensors" in card.text
     assert "02_task2" not in card.text
+    assert ("agcl.gate(" in card.text) == (run.kind != "pairs")  # their files are of other tensors than the sum
+
+
+def test_the_card_says_how_to_go_on(run, tmp_path, monkeypatch):
+    if run.kind == "pairs":
+        pytest.skip("the card has no recipe: test_the_card_says_what_was_measured")
+    monkeypatch.chdir(tmp_path)
+    main(["export", str(run.folder), "--output", "."])
+    text = ModelCard.load(tmp_path / "README.md").text
+    recipe = text.partition("```python")[2].partition("```")[0]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path if run.kind == "full" else run.base)
+    if run.kind != "full":
+        model = PeftModel.from_pretrained(model, tmp_path, is_trainable=True)
+    optimizer = torch.optim.AdamW(parameter for parameter in model.parameters() if parameter.requires_grad)
+    exec(recipe, {"model": model, "optimizer": optimizer})
 
 
 def test_what_cannot_be_exported_is_named(run, tmp_path):

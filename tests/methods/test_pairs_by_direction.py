@@ -7,6 +7,7 @@ from helpers import EPOCHS, CrashError, attribution, build, by_direction, check_
 from lightning.pytorch import Callback
 
 from agcl.callbacks import AttributionCallback, ContinualReport
+from agcl.callbacks.directions import DirectionsSoFar
 from agcl.cli import main
 from agcl.errors import AgclError
 from agcl.methods import OLoRA
@@ -72,17 +73,18 @@ def test_each_task_learns_a_fresh_pair_and_those_before_stay(llama_folder, task_
 
 
 def test_old_inputs_hardly_reach_a_new_pair(llama_folder, task_files, tmp_path, knowing, monkeypatch):
+    learn = DirectionsSoFar.learn
+
     def reach(control):
         """Of the second task's ``A``: mean square of what it gives for the first task's inputs, for its length."""
         callback, moments = by_direction(0.3, every=2, control=control), {}
-        learn = callback._directions.learn
 
-        def keep(*given):
-            learn(*given)
+        def keep(self, *given):
+            learn(self, *given)
             if not moments:
-                moments.update({name: tensor.clone() for name, tensor in callback._directions.moments.sums.items()})
+                moments.update({name: tensor.clone() for name, tensor in self.moments.sums.items()})
 
-        monkeypatch.setattr(callback._directions, "learn", keep)
+        monkeypatch.setattr(DirectionsSoFar, "learn", keep)
         _, look = run(llama_folder, task_files[:2], tmp_path / control, callback)
         found = {}
         for name, moment in moments.items():
@@ -119,6 +121,16 @@ def test_resumed_run_equals_the_straight_one(
         crash_at,
         adapter=adapter,
     )
+
+
+def test_validating_first_is_no_learning(llama_folder, task_files, tmp_path, knowing):
+    model, data = build(llama_folder, task_files[:2], adapter=LORA)
+    trainer = trainer_for(data, tmp_path, [by_direction()])
+    trainer.validate(model, datamodule=data, verbose=False)
+    trainer.fit(model, datamodule=data)
+    trainer = trainer_for(data, tmp_path / "again", [by_direction()])
+    with pytest.raises(AgclError, match="has learned tasks before"):
+        trainer.fit(model, datamodule=data)
 
 
 def test_a_report_does_not_compare_the_importance_of_different_pairs(llama_folder, task_files, tmp_path, knowing):

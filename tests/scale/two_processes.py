@@ -40,6 +40,9 @@ def check_ranks(ranks):
         assert torch.equal(ranks.whole(ranks.part(whole), shape), whole)
         received = ranks.exchange("weight", whole * 10**ranks.rank)
         assert all(torch.equal(piece, ranks.part(whole) * 10**rank) for rank, piece in enumerate(received))
+        own = whole + ranks.rank
+        ranks.agree_on(own)
+        assert torch.equal(own, whole)
     with pytest.raises(AgclError, match="do not attribute the same parameters"):
         ranks.exchange(f"weight {ranks.rank}", whole)
 
