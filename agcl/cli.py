@@ -13,7 +13,7 @@ from jsonargparse import ArgumentError
 
 from agcl import commands
 from agcl.configurations import resolve_arguments
-from agcl.errors import is_memory_full, user_error
+from agcl.errors import is_memory_full, quoting_hint, user_error
 from agcl.files import DISK_FULL, MAKE_ROOM
 from agcl.trust import denied_import, restrict_imports
 
@@ -111,13 +111,13 @@ def _argument_line(message: str, words: list[str]) -> str:
         return line
     kept = [line.strip() for line in message.splitlines() if not _NOISE.match(line.strip())]
     text = re.sub(r'Parser key "([^"]*)"', r"`\1`", " ".join(" ".join(kept).split()))
-    text = text.replace("a typing.Literal", "one of ").replace(" - ", " ")
-    return f"{text[:_LONGEST].rstrip('.: ')}. See `{_command(words)} --help`."
+    text = text.replace("a typing.Literal", "one of ").replace("Expected a <class 'int'> ", "").replace(" - ", " ")
+    return f"{text[:_LONGEST].rstrip('.: ')}.{quoting_hint(text)} See `{_command(words)} --help`."
 
 
 def _command(words: list[str]) -> str:
     """The words that name a command, without its arguments."""
-    known: Any = {**commands.COMMANDS, **dict.fromkeys((*ON_CONFIGURATIONS, "fit", "validate", "test", "predict"))}
+    known: Any = {**commands.COMMANDS, **dict.fromkeys((*ON_CONFIGURATIONS, "fit", "validate"))}
     found = ["agcl"]
     for word in words:
         if not isinstance(known, Mapping) or word not in known:

@@ -45,6 +45,12 @@ def user_error(error: BaseException | None) -> AgclError | None:
     return error
 
 
+def quoting_hint(text: str) -> str:
+    """What to do about a parser's message, if text was wanted and YAML took it for a number or a truth value."""
+    is_typed = re.search(r"Expected a (<class 'str'>|str)\. Got value: (-?[\d.]|True|False)", text)
+    return " In YAML, put it in quotes." if is_typed else ""
+
+
 def is_memory_full(error: BaseException) -> bool:
     """Whether memory ran out, of the host or an accelerator: torch says so with several types, some only in words."""
     return isinstance(error, MemoryError) or (

@@ -2,12 +2,15 @@
 
 import errno
 import os
+import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
+
+from agcl.errors import AgclError
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Error numbers of a file that there is no room for, or no leave to make so large."""
@@ -67,6 +70,22 @@ def write_whole(path: str | Path, content: bytes | str) -> None:
     """Write a file by way of :func:`replacing`; text as UTF-8."""
     with replacing(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
+
+
+def check_writable(path: str | Path) -> None:
+    """Before anything long: see whether a file, whose folder need not exist yet, could be written.
+
+    Raises:
+        AgclError: If not.
+    """
+    folder = Path(path).absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise AgclError(f"{path} cannot be written ({error.strerror}: {folder}); choose another folder.") from error
 
 
 def sync_folder(folder: Path) -> None:

@@ -1,5 +1,6 @@
 """``agcl fit --config ...``: LightningCLI with the continual loop's settings filled in."""
 
+import inspect
 import json
 import sys
 from collections.abc import Sequence
@@ -35,6 +36,20 @@ class AgclCLI(LightningCLI):
     ``trainer.callbacks``, for what is to stay when a method's overlay replaces that list: measurements.
     """
 
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Of Lightning's commands those that tasks have rows for."""
+        return {name: skipped for name, skipped in LightningCLI.subcommands().items() if name in ("fit", "validate")}
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """A parser that takes the Trainer's `limit_train_batches: 1` for one batch, not for all."""
+        hints = inspect.unwrap(Trainer.__init__).__annotations__
+        for name, hint in hints.items():
+            # `typing` takes Union[float, int] for the same as Union[int, float] and gives whichever was made first.
+            if hint == int | float | None:
+                hints[name] = int | float | None
+        return super().init_parser(**kwargs)
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Link what would otherwise have to be written twice."""
         for name in ("model_name_or_path", "gguf_file", "trust_remote_code"):
@@ -60,6 +75,7 @@ class AgclCLI(LightningCLI):
         Lightning would warn that they come beside ``sys.argv``, from where `agcl.cli` has them.
         """
         self.words = args if isinstance(args, list) else sys.argv[1:]
+        _refuse_linked(self.words)
         self.config = parser.parse_args(self.words)
 
     def before_instantiate_classes(self) -> None:
@@ -134,6 +150,12 @@ class AgclCLI(LightningCLI):
             raise AgclError(_disk_full(self.trainer, error)) from error
 
 
+def _refuse_linked(words: Sequence[str]) -> None:
+    """Say in words what the parser would say of an option that follows from others."""
+    if any(word.partition("=")[0] == "--trainer.max_epochs" for word in words):
+        raise AgclError("`trainer.max_epochs` follows from the tasks: set the `epochs` of each.")
+
+
 def _restrict_checkpoints(config: Any) -> None:
     """Let checkpoints be read as tensors and plain values, never as objects, whose loading runs code."""
     if config.get("weights_only") is False:
@@ -191,7 +213,7 @@ def _product_seconds(dtype: torch.dtype) -> float:
 
 
 def run(args: Sequence[str], epilog: str) -> None:
-    """Parse the arguments, and train, validate or test accordingly.
+    """Parse the arguments, and train or validate accordingly.
 
     Raises:
         ArgumentError: If the arguments, or the files they name, do not fit the options.
@@ -250,6 +272,7 @@ class FitConfiguration(AgclCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse, and leave the random state alone."""
+        _refuse_linked(self._args)
         self.config = parser.parse_args(self._args)  # Lightning's own method warns of arguments that are given
         self.config.seed_everything = False
 

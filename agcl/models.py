@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 from huggingface_hub.constants import HF_HOME
-from peft import PeftModel, PeftType
+from peft import PeftConfig, PeftModel, PeftType, get_peft_config, get_peft_model
 from torch.nn import ModuleList
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from agcl.architectures import not_causal
 from agcl.errors import AgclError, is_memory_full
 from agcl.files import sync_folder, sync_tree
 from agcl.shards import has_shards
@@ -92,15 +93,13 @@ def load_config(model_name_or_path: str, *, gguf_file: str | None = None, trust_
     """Load a causal language model's configuration.
 
     Raises:
-        AgclError: If nothing loads under that name, or the model is an encoder-decoder.
+        AgclError: If nothing loads under that name, or the model is none (an encoder, an encoder-decoder).
     """
     path = resolve_model(model_name_or_path)
     with _loading("model", model_name_or_path):
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **_gguf(gguf_file))
-    if config.is_encoder_decoder:
-        raise AgclError(
-            f"`{model_name_or_path}` is an encoder-decoder ({config.model_type}). Choose a decoder-only causal LM."
-        )
+    if (what := not_causal(config)) is not None:
+        raise AgclError(f"`{model_name_or_path}` is {what}. Choose a decoder-only causal LM.")
     return config
 
 
@@ -154,6 +153,44 @@ def load_model(
         # The weights are ordinary floats by now, but the mark of their origin would refuse `save_pretrained`.
         quantizer.remove_quantization_config(model)
     return model
+
+
+def adapter_config(adapter: dict[str, Any]) -> PeftConfig:
+    """PEFT's configuration of an adapter for a causal language model.
+
+    Raises:
+        AgclError: If there is none, or it puts tokens of its own before each row.
+    """
+    with _usable(adapter):
+        config = get_peft_config({"task_type": "CAUSAL_LM", **adapter})
+    if config.is_prompt_learning:
+        raise AgclError(
+            f"`adapter.peft_type: {adapter.get('peft_type')}` puts tokens of its own before each row, for which "
+            "attribution and scoring have no place; take one that changes weights, like LORA."
+        )
+    return config
+
+
+def add_adapter(model: PreTrainedModel, adapter: dict[str, Any]) -> PeftModel:
+    """Put a PEFT adapter on a model, which is changed in place.
+
+    Raises:
+        AgclError: As :func:`adapter_config`, and if it does not fit the model.
+    """
+    config = adapter_config(adapter)
+    with _usable(adapter):
+        return get_peft_model(model, config)
+
+
+@contextmanager
+def _usable(adapter: dict[str, Any]) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # PEFT raises KeyError, TypeError, ValueError and its own
+        if is_memory_full(error):
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise AgclError(f"`adapter` {adapter} is no usable PEFT configuration: {reason}") from error
 
 
 def load_tokenizer(
@@ -288,6 +325,8 @@ def _unloadable(what: str, name: str, error: Exception) -> AgclError:
             "`--model.trust_remote_code true`, or choose a model that transformers knows."
         )
     remedy = "give a hub name, a local folder or builtin:NAME"
+    if "attention implementation" in reason:
+        remedy = "set `model.attn_implementation` to one that it has, or to null for its own choice"
     if what == "tokenizer" and Path(name).is_dir():
         remedy = "put the model's tokenizer beside it, as `save_pretrained` writes it"
     return AgclError(f"No {what} could be loaded from `{name}`: {remedy} ({reason[:300]})")

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from copy import deepcopy
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
-from peft import get_peft_config, get_peft_model
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from torchmetrics import MetricCollection
@@ -18,7 +19,7 @@ from torchmetrics import MetricCollection
 from agcl.answers import AnswerRecord
 from agcl.data.sequence import TaskSequence
 from agcl.data.tasks import IGNORED_LABEL
-from agcl.errors import AgclError, is_memory_full
+from agcl.errors import AgclError
 from agcl.metrics import (
     AveragePerformance,
     BackwardTransfer,
@@ -27,7 +28,7 @@ from agcl.metrics import (
     LearningAccuracy,
     ScoreMatrix,
 )
-from agcl.models import load_model, load_tokenizer, save_model, shard_model
+from agcl.models import add_adapter, load_model, load_tokenizer, save_model, shard_model
 from agcl.ranks import Ranks
 from agcl.schedules import WarmupDecay
 from agcl.scoring import TaskScorer, answer_logits, token_nll
@@ -49,7 +50,8 @@ class ContinualLM(LightningModule):
         gguf_file: GGUF file in that folder or repository, if any.
         adapter: A PEFT configuration (``{peft_type: LORA, r: 8, ...}``); all weights are trained if left out.
         optimizer: Any ``torch.optim`` class with its arguments.
-        lr_scheduler: Any torch scheduler, stepped once per optimizer step and begun anew with each task.
+        lr_scheduler: A torch scheduler that watches no metric, stepped once per optimizer step, begun anew with each
+            task.
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
         attn_implementation: As in transformers; attribution needs ``sdpa`` or ``eager``.
         trust_remote_code: Run model code that comes with the checkpoint. Off unless you trust its author.
@@ -70,6 +72,12 @@ class ContinualLM(LightningModule):
         compiled: bool = False,
     ) -> None:
         super().__init__()
+        if not isinstance(model_name_or_path, (str, PathLike)):
+            raise AgclError(
+                f"ContinualLM takes the name or folder of a model, not a {type(model_name_or_path).__name__}; for a "
+                "model that is there already see agcl.compute_importance and agcl.gate."
+            )
+        model_name_or_path = str(model_name_or_path)
         # `ContinualMonitor` logs the hyper-parameters of the whole run: a table of TensorBoard takes them once.
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"], logger=False)
         self.model_name_or_path = model_name_or_path
@@ -140,13 +148,7 @@ class ContinualLM(LightningModule):
         if self.adapter is not None:
             if self.gradient_checkpointing:
                 model.enable_input_require_grads()
-            try:
-                model = get_peft_model(model, get_peft_config({"task_type": "CAUSAL_LM", **self.adapter}))
-            except Exception as error:  # PEFT raises KeyError, TypeError, ValueError and its own
-                if is_memory_full(error):
-                    raise
-                reason = " ".join(str(error).split())[:300]
-                raise AgclError(f"`adapter` {self.adapter} is no usable PEFT configuration: {reason}") from error
+            model = add_adapter(model, self.adapter)
         self.model = model.train()
         for change in self.model_changes:
             change()
@@ -186,6 +188,19 @@ class ContinualLM(LightningModule):
         return datamodule
 
     # ---------------------------------------------------------------- training
+
+    def on_fit_start(self) -> None:
+        """Check that rows were made into this model's tokens.
+
+        Raises:
+            AgclError: If not.
+        """
+        other = self._data.model_name_or_path
+        if other != self.model_name_or_path and self._data.tokenizer.get_vocab() != self.tokenizer.get_vocab():
+            raise AgclError(
+                f"The rows are in tokens of `{other}`, but the model is `{self.model_name_or_path}`, which has others: "
+                "give ContinualDataModule and ContinualLM the same `model_name_or_path`."
+            )
 
     def on_train_start(self) -> None:
         """On resuming: go on with the random numbers (dropout), and make up for scoring that did not take place."""
@@ -269,6 +284,15 @@ class ContinualLM(LightningModule):
             raise self._diverged(task, f"the {what} is {value.item()}")
 
     # ----------------------------------------------------------------- scoring
+
+    def on_train_end(self) -> None:
+        """Say which tasks were not learned, if something ended the training before (early stopping, a time limit)."""
+        left = [task.name for task in self.tasks][self.tasks.num_completed(self.trainer.current_epoch) :]
+        if left and self.tasks.regime == "sequential" and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            rank_zero_warn(
+                f"Training has ended before {', '.join(f'`{name}`' for name in left)} was learned to its end: what "
+                "stops the Trainer (EarlyStopping, max_steps, max_time) stops the whole sequence, not a task."
+            )
 
     def on_validation_epoch_start(self) -> None:
         """Begin a scorer for each evaluation set."""

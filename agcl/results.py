@@ -32,8 +32,8 @@ def read_results(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise AgclError(f"{folder} is not a folder; name a run's folder, which holds scores.json.")
     if not path.exists():
-        runs = sorted(found.parent for found in folder.glob("*/scores.json"))
-        hint = f"; did you mean {runs[-1]}?" if runs else "; it is written when the first task has been learned."
+        runs = sorted(folder.glob("*/scores.json"), key=lambda found: found.stat().st_mtime)
+        hint = f"; did you mean {runs[-1].parent}?" if runs else "; it is written when the first task has been learned."
         raise AgclError(f"There is no scores.json in {folder}{hint}")
     results = read_json(path)
     for key in _KEYS:

@@ -19,7 +19,7 @@ from lightning.pytorch.accelerators import CUDAAccelerator
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from agcl import lightning_cli, module
+from agcl import lightning_cli, models
 from agcl.attribution import save_importance
 from agcl.cli import main
 from agcl.models import load_model
@@ -242,6 +242,16 @@ FIT: dict[str, tuple[Callable[[Place], Overrides], str]] = {
         lambda place: place.source("a.jsonl", ROW.replace("cat", "b" * 100)),
         r"row 0 of `train` has 100 \+ 3 tokens.*more than the 64 allowed.*`truncation: left`",
     ),
+    "files of several kinds": (
+        lambda place: {
+            "data__tasks__0__source": {"train": place.file("k.jsonl", ROW), "test": place.file("k.csv", "prompt\n1\n")}
+        },
+        r"Task `task0`: its files are of several kinds \(\.csv, \.jsonl\); make them one",
+    ),
+    "a chat's messages": (
+        lambda place: place.source("m.jsonl", '{"prompt": [{"role": "user", "content": "cat"}], "answer": "a"}\n'),
+        r"column `prompt` of .*m\.jsonl holds lists or structures, not text .*a column of its own",
+    ),
     "empty split": (
         lambda place: {"data__tasks__1__test_split": "train[9:]"},
         r"Task `task1`: split `train\[9:\]` of .* is empty",
@@ -263,6 +273,10 @@ FIT: dict[str, tuple[Callable[[Place], Overrides], str]] = {
     "unknown choice": (
         lambda place: gate(gate="none"),
         r"`gate`: Expected .*\['auto', 'gradient', 'update'\]\. Got value",
+    ),
+    "labels that are no text": (
+        lambda place: {"data__tasks__0__labels": [0, 1]},
+        r"`labels`: Expected a <class 'str'>\. Got value: 0\. In YAML, put it in quotes",
     ),
     "zero epochs": (lambda place: {"data__tasks__0__epochs": 0}, r"Task `task0`: `epochs` is 0; give at least 1"),
     "empty batches": (lambda place: {"data__batch_size": 0}, r"`batch_size` is 0; give at least 1"),
@@ -300,6 +314,10 @@ FIT: dict[str, tuple[Callable[[Place], Overrides], str]] = {
         lambda place: gate(importance={"top_k": 8}),
         r"`importance\.top_k` is 8, but there are only 2 samples .*lower the one or raise the other",
     ),
+    "scoring in between": (
+        lambda place: {"trainer__check_val_every_n_epoch": 2},
+        r"Tasks are scored at their end: leave the Trainer's `check_val_every_n_epoch` out",
+    ),
     "negative strength": (lambda place: gate(strength=-1.0), r"`strength` is -1\.0; choose a finite number, 0"),
     "infinite strength": (lambda place: gate(strength=float("inf")), r"`strength` is inf; choose a finite number"),
     "negative learning rate": (
@@ -329,6 +347,10 @@ FIT: dict[str, tuple[Callable[[Place], Overrides], str]] = {
         lambda place: place.model(model_type="t5", is_encoder_decoder=True),
         r"model` is an encoder-decoder \(t5\)\. Choose a decoder-only",
     ),
+    "encoder": (
+        lambda place: place.model(model_type="bert"),
+        r"model` is an encoder \(bert without `is_decoder`\)\. Choose a decoder-only",
+    ),
     "quantised weights": (
         lambda place: place.model(quantization_config={"quant_method": "gptq", "bits": 4}),
         r"model` are quantised \(gptq\).*take the model without quantisation",
@@ -341,6 +363,10 @@ FIT: dict[str, tuple[Callable[[Place], Overrides], str]] = {
     "attention from the hub": (
         lambda place: {"model__attn_implementation": "some/kernel"},
         r"`attn_implementation: some/kernel` is compiled code from the hub.*take sdpa or eager",
+    ),
+    "prompt learning": (
+        lambda place: {"model__adapter": {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 4}},
+        r"`adapter\.peft_type: PROMPT_TUNING` puts tokens of its own before each row.*take one that changes weights",
     ),
     "unusable adapter": (
         lambda place: {"model__adapter": {"peft_type": "NOTHING"}},
@@ -600,7 +626,7 @@ def test_full_memory_is_no_fault_of_an_adapter(llama_folder, monkeypatch):
     def fail(*arguments, **options):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(module, "get_peft_model", fail)
+    monkeypatch.setattr(models, "get_peft_model", fail)
     with pytest.raises(torch.OutOfMemoryError):
         ContinualLM(model_name_or_path=str(llama_folder), adapter=LORA).configure_model()
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,32 @@ def run_in_process(monkeypatch, folder, files, run_dir, **overrides):
     path = write_config(folder, files, run_dir, trainer__callbacks=[], **overrides)
     main(["fit", "--config", str(path)])
     return json.loads((run_dir / "run" / "version_0" / "scores.json").read_text())
+
+
+def test_one_batch_is_not_all_of_them(llama_folder, task_files, tmp_path, capsys):
+    config = write_config(llama_folder, task_files[:1], tmp_path, trainer__limit_train_batches=1)
+    for words, value in (([], "1"), (["--trainer.limit_train_batches", "1.0"], "1.0")):
+        with pytest.raises(SystemExit):
+            main(["fit", "--config", str(config), *words, "--print_config"])
+        assert f"\n  limit_train_batches: {value}\n" in capsys.readouterr().out
+
+
+def test_a_trial_run_leaves_nothing(llama_folder, task_files, tmp_path, monkeypatch):
+    config = write_config(llama_folder, task_files[:2], tmp_path)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    before = sorted(path for path in tmp_path.rglob("*") if "temporary" not in path.parts)
+    main(["fit", "--config", str(config), "--trainer.fast_dev_run", "true"])
+    assert sorted(path for path in tmp_path.rglob("*") if "temporary" not in path.parts) == before
+
+
+def test_the_number_of_epochs_is_the_tasks(llama_folder, task_files, tmp_path):
+    config = write_config(llama_folder, task_files[:1], tmp_path)
+    for command in ("fit", "check"):
+        with pytest.raises(SystemExit, match=r"`trainer\.max_epochs` follows from the tasks: set the `epochs` of each"):
+            main([command, "--config", str(config), "--trainer.max_epochs", "3"])
 
 
 def test_joint_training_from_the_command_line(llama_folder, task_files, tmp_path, monkeypatch, capsys):

@@ -1,6 +1,8 @@
 """One ``Trainer.fit`` over three tasks: what is learned when, what is scored, and resuming bit for bit."""
 
+import json
 import math
+import shutil
 from functools import partial
 from types import SimpleNamespace
 
@@ -14,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from agcl.attribution import load_importance
 from agcl.callbacks import ContinualReport
+from agcl.data.datamodule import ContinualDataModule
 from agcl.data.tasks import Probe
 from agcl.errors import AgclError
 from agcl.module import ContinualLM
@@ -213,6 +216,47 @@ def test_checkpoint_of_another_model_is_refused(llama_folder, gpt2_folder, task_
     model, data = build(llama_folder, task_files[:2])
     with pytest.raises(AgclError, match=r"saved while learning the tasks .*task2.* but the configuration declares"):
         trainer_for(data, tmp_path).fit(model, datamodule=data, ckpt_path=checkpoint)
+
+
+def test_tasks_that_were_not_learned_are_named(llama_folder, task_files, tmp_path, recwarn):
+    class Stop(Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            trainer.should_stop = trainer.current_epoch == EPOCHS
+
+    model, data = build(llama_folder, task_files)
+    trainer_for(data, tmp_path, [Stop()]).fit(model, datamodule=data)
+    (said,) = [str(w.message) for w in recwarn if "Training has ended before" in str(w.message)]
+    assert "before `task1`, `task2` was learned" in said
+    recwarn.clear()
+    model, data = build(llama_folder, task_files)
+    trainer_for(data, tmp_path).fit(model, datamodule=data)
+    assert not [w for w in recwarn if "Training has ended before" in str(w.message)]
+
+
+def test_rows_in_another_models_tokens_are_refused(llama_folder, task_files, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(llama_folder, other)
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    known = tokenizer["model"]["vocab"]
+    known["a"], known["b"] = known["b"], known["a"]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    model, data = build(llama_folder, task_files[:1])
+    data.model_name_or_path = str(other)
+    message = r"rows are in tokens of `\S+other`, but the model is `\S+`, which has others: .*same `model_name_or_path`"
+    with pytest.raises(AgclError, match=message):
+        trainer_for(data, tmp_path).fit(model, datamodule=data)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ContinualLM(torch.nn.Linear(1, 1)), "takes the name or folder of a model, not a Linear"),
+        (lambda: ContinualDataModule([{"name": "a"}], "x"), r"`tasks` holds a dict; make each an agcl\.Task"),
+    ],
+)
+def test_objects_of_the_wrong_kind_are_refused(make, message):
+    with pytest.raises(AgclError, match=message):
+        make()
 
 
 def test_of_rows_fewer_than_processes_each_is_counted_once(llama_folder, task_files, monkeypatch):

@@ -19,7 +19,7 @@ from .naming import check_pattern, matching_parameters
 from .passes import Sample
 from .rows import samples_of
 
-_NO_ANSWER = "No row for attribution has a label other than -100, so none has an answer."
+_NO_ANSWER = "No row for attribution has a label other than -100 (if there are rows at all), so none has an answer."
 _NOT_LEARNED = (
     "No row is answered correctly, token by token, so there is nothing to protect: train longer, give the rows that "
     "were learned, or set `only_correct` to False for plain text."
@@ -73,12 +73,14 @@ def compute_importance(
     """
     check_options(num_samples, batch_size, bits, parameters)
     estimator = LRP() if estimator is None else estimator
-    device = next(model.parameters()).device
     names = matching_parameters(model, parameters)
+    samples = samples_of(rows, next(model.parameters()).device)
+    if estimator.uses_samples:
+        samples = itertools.chain([_first(samples)], samples)
     evidence = Evidence(
         model,
         names,
-        samples_of(rows, device),
+        samples,
         num_samples,
         batch_size=batch_size,
         config=config,
@@ -136,9 +138,9 @@ def compute_input_moments(
     """
     check_options(num_samples, batch_size, 8, parameters)
     estimator = LRP() if estimator is None else estimator
+    names = matching_parameters(model, parameters)
     samples = samples_of(rows, next(model.parameters()).device)
     first = _first(samples)
-    names = matching_parameters(model, parameters)
     matrices = _matrices_of(model, names, first, estimator)
     read = itertools.chain([first], samples)  # no more than are needed
     evidence = Evidence(model, names, read, num_samples, batch_size=batch_size, only_correct=only_correct)

@@ -130,7 +130,7 @@ class InputMoments:
             ``P = I - V V^T``. Directions that may go more than 254/255 of their way are left out.
 
         Raises:
-            AgclError: For another plasticity or sharpness.
+            AgclError: For another plasticity or sharpness, or moments that are not finite.
         """
         if not 0 < plasticity < 1:
             raise AgclError(f"`plasticity` is {plasticity}; choose a number between 0 and 1.")
@@ -138,6 +138,8 @@ class InputMoments:
             raise AgclError(f"`sharpness` is {sharpness}; choose a finite number above 0.")
         found = {}
         for name, moment in self.sums.items():
+            if not moment.isfinite().all():  # nothing would be held
+                raise AgclError(f"The moments of the inputs of `{name}` are not finite; compute them anew.")
             shares, directions = shares_kept(moment, plasticity, sharpness)
             held = 1 - shares
             if control == "flattened":

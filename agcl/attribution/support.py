@@ -12,6 +12,7 @@ from torch import nn
 from torch.overrides import resolve_name
 from transformers import PreTrainedModel
 
+from agcl.architectures import not_causal
 from agcl.errors import AgclError, UnsupportedModelError
 
 _VISIBLE_ATTENTION = ("sdpa", "eager")
@@ -102,8 +103,8 @@ def _described(module: nn.Module, root: nn.Module) -> str:
 
 def _check_transformer(model: PreTrainedModel) -> None:
     name = type(model).__name__
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(f"`{name}` is an encoder-decoder model; attribution supports decoders only.")
+    if (what := not_causal(model.config)) is not None:
+        raise UnsupportedModelError(f"`{name}` is {what}; attribution supports decoders only.")
     attention = getattr(model.config, "_attn_implementation", None)
     if attention is not None and attention not in _VISIBLE_ATTENTION:
         raise UnsupportedModelError(

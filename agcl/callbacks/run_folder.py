@@ -1,5 +1,7 @@
 """Where a run leaves its files, whatever logs it."""
 
+import os
+import tempfile
 from pathlib import Path
 
 from lightning.pytorch import Trainer
@@ -16,8 +18,12 @@ def run_folder(trainer: Trainer) -> Path:
         trainer: The trainer.
 
     Returns:
-        A folder, which need not exist; ``default_root_dir`` without a logger, or with one that saves nowhere.
+        A folder, which need not exist; ``default_root_dir`` without a logger, or with one that saves nowhere. Under
+        ``fast_dev_run`` one for temporary files, since such a run is to leave nothing.
     """
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        own = Path(tempfile.gettempdir(), f"agcl_fast_dev_run_{os.getpid()}")
+        return Path(trainer.strategy.broadcast(str(own)))
     shared = trainer.log_dir
     if shared is None:
         return Path(trainer.default_root_dir)

@@ -24,8 +24,11 @@ from agcl.data.datamodule import ContinualDataModule
 from agcl.data.sequence import order_problems
 from agcl.data.tasks import Task
 from agcl.errors import AgclError
+from agcl.files import check_writable
 from agcl.forecast import Forecast, Machine, ModelSize, Settings, Work, forecast
+from agcl.models import adapter_config
 from agcl.module import ContinualLM
+from agcl.resuming import run_folders
 
 DESCRIPTION = "Show what `agcl fit` with this configuration would see and need, and every problem; nothing is trained."
 
@@ -188,12 +191,17 @@ def _trainer(found: Check, config: Any, data: ContinualDataModule | None) -> Non
             trainer = build(Trainer, values)
             if data is not None:
                 data.check_trainer(trainer)
+        with found.collecting():
+            check_writable(run_folders(config.trainer)[0] / "version")
     finally:
         log.setLevel(level)
 
 
 def _optimizer(found: Check, config: Any) -> torch.optim.Optimizer | None:
     """The optimizer, of a stand-in parameter."""
+    if config.model.adapter is not None:
+        with found.collecting():
+            adapter_config(config.model.adapter)
     with found.collecting():
         module = build(ContinualLM, config.model)
         try:

@@ -14,7 +14,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 
-from agcl.errors import AgclError, user_error
+from agcl.errors import AgclError, quoting_hint, user_error
 from agcl.lightning_cli import FitConfiguration
 
 _PLACEHOLDER = {"name": "placeholder", "source": "placeholder"}
@@ -202,4 +202,5 @@ def _one_line(error: BaseException) -> str:
     text = re.sub(r"<class '([^']*)'>|typing\.(?=Literal|Callable)", r"\1", " ".join(str(error).split()))
     alternatives = re.search(r"Errors: - (.*?)(?= - (?:Not a|Expected|Does|Problem)|$)", text)
     text = alternatives[1] if alternatives else text
-    return re.sub(r"^(?:(?:Parser key \"[^\"]*\"|Problem with given class_path '[^']*Task'):\s*)+", "", text)
+    text = re.sub(r"^(?:(?:Parser key \"[^\"]*\"|Problem with given class_path '[^']*Task'):\s*)+", "", text)
+    return f"{text.rstrip('.')}.{hint}" if (hint := quoting_hint(text)) else text

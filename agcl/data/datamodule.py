@@ -98,10 +98,13 @@ class ContinualDataModule(LightningDataModule):
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
+        for task in tasks:
+            if not isinstance(task, Task):
+                raise AgclError(f"`tasks` holds a {type(task).__name__}; make each an agcl.Task(name=..., source=...).")
         if data_dir is not None:
             tasks = [in_folder(task, data_dir) for task in tasks]
         self.tasks = TaskSequence(tasks if order is None else in_order(tasks, order), regime)
-        self.model_name_or_path = model_name_or_path
+        self.model_name_or_path = str(model_name_or_path)
         self.gguf_file = gguf_file
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
@@ -196,6 +199,8 @@ class ContinualDataModule(LightningDataModule):
                 "Tasks are scored at their end, on all rows: leave the Trainer's `val_check_interval` at 1.0 and give "
                 "`limit_val_batches` a value above 0."
             )
+        if trainer.check_val_every_n_epoch != 1 and not trainer.global_step:  # later the model sets it
+            yield "Tasks are scored at their end: leave the Trainer's `check_val_every_n_epoch` out."
         for name, wanted in self.trainer_arguments().items():
             value = getattr(trainer, name)
             if wanted == -1:  # the Trainer keeps "all" as infinity

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import datasets
-from datasets import ClassLabel, Dataset, ReadInstruction, concatenate_datasets
+import pandas
+from datasets import ClassLabel, Dataset, Features, ReadInstruction, Value, concatenate_datasets
 
 from agcl.errors import AgclError, raise_any
 
@@ -22,7 +23,7 @@ _BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".
 
 
 def in_folder(task: Task, folder: str) -> Task:
-    """The task with its relative files taken from a folder; absolute ones, hub and built-in names stay as they are.
+    """The task with its relative files and folders taken from a folder; other, hub and built-in names stay as they are.
 
     Raises:
         AgclError: If there is no such folder.
@@ -32,7 +33,9 @@ def in_folder(task: Task, folder: str) -> Task:
         raise AgclError(f"`data_dir` is {folder}, which is not a folder: name the one that holds the tasks' files.")
 
     def located(source: str) -> str:
-        is_file = builder_suffix(source) is not None and not source.startswith(("builtin:", "~"))
+        if source.startswith(("builtin:", "~")):
+            return source
+        is_file = builder_suffix(source) is not None or (root / source).is_dir()
         return str(root / source) if is_file else source
 
     if isinstance(task.source, str):
@@ -64,7 +67,7 @@ def load_rows(task: Task, split: str, columns: Sequence[str]) -> Dataset:
                 "load it once with a connection, or give a local file or folder."
             ) from error
         except Exception as error:  # the library raises a dozen unrelated types for a file or split that is not right
-            reason = " ".join(str(error.__cause__ or error).split())[:300]
+            reason = " ".join(str(error.__cause__ or error).split())[:300].rstrip(".")
             if "corresponds to no data" in reason:
                 reason = "it is empty"
             elif re.search(r"utf-?8|codec|encoding", reason, re.IGNORECASE):
@@ -83,6 +86,12 @@ def load_rows(task: Task, split: str, columns: Sequence[str]) -> Dataset:
         f"Task `{task.name}`: {task.source} has two columns `{column}`; rename or remove one."
         for column in columns
         if f"{column}.1" in rows.column_names  # as the reader of tables renames a second one
+    )
+    raise_any(
+        f"Task `{task.name}`: column `{column}` of {task.source} holds lists or structures, not text (a chat's "
+        "`messages`, for example); write what the model is to read into a column of its own."
+        for column in columns
+        if not isinstance(rows.features[column], (Value, ClassLabel))
     )
     if task.drop_empty:
         texts = [rows[column][:] for column in columns]
@@ -115,6 +124,8 @@ def _fulfilling(task: Task, rows: Dataset) -> Dataset:
             )
         feature, values = rows.features[column], rows[column][:]  # a list: single items of a column are slow
         allowed = wanted if isinstance(wanted, list) else [wanted]
+        if feature == Value("string"):  # as tables have them
+            allowed = [str(value) for value in allowed]
         if isinstance(feature, ClassLabel):
             allowed = [feature.str2int(value) if isinstance(value, str) else value for value in allowed]
         indices = [index for index in indices if values[index] in allowed]
@@ -151,11 +162,30 @@ def _load_arguments(task: Task) -> dict[str, Any]:
         for file in files.values()
         if not Path(file).expanduser().stat().st_size
     )
+    if len(kinds := {builder_suffix(file) for file in files.values()}) > 1:
+        raise AgclError(
+            f"Task `{task.name}`: its files are of several kinds ({', '.join(sorted(map(str, kinds)))}); make them one."
+        )
     arguments: dict[str, Any] = {"path": _BUILDERS[suffix]}
     arguments["data_files"] = {name: str(Path(file).expanduser()) for name, file in files.items()}
-    if suffix == ".tsv":
-        arguments["sep"] = "\t"
+    if _BUILDERS[suffix] == "csv":
+        arguments |= as_written(Path(first).expanduser())
     return arguments
+
+
+def as_written(file: Path) -> dict[str, Any]:
+    """Arguments of ``datasets.load_dataset`` for a CSV or TSV file: each cell as text, empty ones missing.
+
+    Types that are guessed would make `0` of `007`, `1.0` of `1` where a cell is empty, and nothing of `None`.
+    """
+    separator = "\t" if builder_suffix(file.name) == ".tsv" else ","
+    columns = pandas.read_csv(file, sep=separator, nrows=0).columns
+    return {
+        "sep": separator,
+        "features": Features({str(column): Value("string") for column in columns}),
+        "keep_default_na": False,
+        "na_values": [""],
+    }
 
 
 @contextmanager

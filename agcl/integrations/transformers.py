@@ -22,6 +22,7 @@ from agcl.attribution.levels import Bits
 from agcl.attribution.moments_files import load_input_moments, save_input_moments
 from agcl.attribution.naming import matching_parameters
 from agcl.errors import AgclError
+from agcl.files import check_writable
 from agcl.gating import DirectionalGate, GradientGate, UpdateGate
 from agcl.integrations.pytorch import Importance, gate, importance_from, innermost_optimizer
 from agcl.shards import has_shards
@@ -259,6 +260,8 @@ class TaskImportance(TrainerCallback):
     ) -> None:
         """Check rows and model before anything is trained; let the estimator see where the task starts."""
         model = kwargs["model"]
+        if self._save_to is not None:
+            check_writable(self._save_to)
         rows = training_rows(kwargs["train_dataloader"], self._seed)
         check_computable(model, rows, estimator=self._estimator, parameters=self._parameters)
         self._estimator.begin_task(model, matching_parameters(model, self._parameters))
@@ -329,6 +332,8 @@ class TaskDirections(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Check rows and model before anything is trained."""
+        if self._save_to is not None:
+            check_writable(self._save_to)
         rows = training_rows(kwargs["train_dataloader"], self._seed)
         check_computable(
             kwargs["model"], rows, estimator=self._estimator, parameters=self._parameters, by_direction=True

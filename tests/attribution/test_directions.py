@@ -188,6 +188,12 @@ def test_moments_are_added_up_in_float32_under_autocast():
         assert torch.allclose(moment, wide[name], atol=0.1 * float(wide[name].abs().max())), name
 
 
+def test_moments_that_are_no_numbers_make_no_map():
+    moments = InputMoments({"weight": torch.eye(3).fill_diagonal_(torch.nan)}, {"weight": False})
+    with pytest.raises(AgclError, match="inputs of `weight` are not finite; compute them anew"):
+        moments.maps()
+
+
 def test_moments_of_tasks_add_up_and_make_maps():
     model = tiny_llama().float()
     rows = [{"input_ids": s.input_ids, "labels": torch.full_like(s.input_ids, -100)} for s in (SAMPLE, LONGER)]

@@ -1,5 +1,6 @@
 """`agcl check`: rows as the model sees them, forecast, plasticity, and every problem of a configuration."""
 
+import re
 import sys
 
 import pytest
@@ -193,6 +194,21 @@ def test_every_problem_is_listed(llama_folder, task_files, tmp_path):
     assert len(found.problems) == len(expected) - 1
     assert any("gate: gradient protects nothing under AdamW" in note for note in found.notes)
     assert "13 problems; nothing was trained." in text_of(found)
+
+
+def test_a_folder_that_cannot_be_written_and_an_unfit_adapter_are_problems(llama_folder, task_files, tmp_path):
+    (tmp_path / "file").write_text("")
+    adapter = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 4}
+    path = write_config(
+        llama_folder,
+        task_files[:1],
+        tmp_path,
+        trainer__logger__init_args__save_dir=str(tmp_path / "file"),
+        model__adapter=adapter,
+    )
+    folder, tokens = checked(path).problems
+    assert re.search(r"file/run/version cannot be written \(Not a directory.*choose another folder", folder)
+    assert "`adapter.peft_type: PROMPT_TUNING` puts tokens of its own" in tokens
 
 
 def test_mistakes_in_the_file_hide_nothing_else(llama_folder, task_files, tmp_path):

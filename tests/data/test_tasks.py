@@ -30,6 +30,17 @@ def test_file_formats_give_the_same_rows(tmp_path, kind):
     assert load_rows(Task(name="t", source=str(path)), "train", ["prompt", "answer"]).to_list() == rows
 
 
+@pytest.mark.parametrize("kind", ["csv", "tsv"])
+def test_cells_of_tables_are_taken_as_they_are_written(tmp_path, kind):
+    path, separator = tmp_path / f"rows.{kind}", "," if kind == "csv" else "\t"
+    cells = [("007", "None"), ("1", "yes"), ("", "1.50"), ("NA", "1e3")]
+    path.write_text("\n".join(map(separator.join, [("code", "value"), *cells])) + "\n")
+    rows = load_rows(Task(name="t", source=str(path)), "train", ["code", "value"])
+    assert [tuple(row.values()) for row in rows] == [(code or None, value) for code, value in cells]
+    chosen = load_rows(Task(name="t", source=str(path), where={"code": [1, "007"]}), "train", [])
+    assert chosen["value"] == ["None", "yes"]
+
+
 def test_split_mapping_and_slices(tmp_path):
     train = write_rows(tmp_path / "a.jsonl", [{"prompt": str(i), "answer": "x"} for i in range(4)])
     test = write_rows(tmp_path / "b.jsonl", [{"prompt": "9", "answer": "y"}])
@@ -213,6 +224,8 @@ def test_rows_without_text_may_be_dropped(tmp_path):
 def test_relative_files_come_from_the_folder(tmp_path):
     task = Task(name="t", source={"train": "a/b.jsonl", "test": "/c.csv"})
     assert in_folder(task, str(tmp_path)).source == {"train": f"{tmp_path}/a/b.jsonl", "test": "/c.csv"}
+    (tmp_path / "saved").mkdir()
+    assert in_folder(Task(name="t", source="saved"), str(tmp_path)).source == f"{tmp_path}/saved"
     for name in ("builtin:cldr/welsh", "owner/data", "~/rows.csv"):
         assert in_folder(Task(name="t", source=name), str(tmp_path)).source == name
     with pytest.raises(AgclError, match="`data_dir` is /nowhere, which is not a folder"):

@@ -12,7 +12,10 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
-GIVEN = {"model", "old_rows", "optimizer", "trainer", "importance_file", "directions_file"}  # by the reader
+GIVEN = {  # by the reader
+    *("model", "old_rows", "optimizer", "trainer", "importance_file", "directions_file"),
+    *("tasks", "model_folder", "callbacks", "folder"),
+}
 
 
 @pytest.fixture
@@ -59,6 +62,15 @@ def test_hugging_face_trainer(example, tmp_path):
     results = example("hf_trainer").run(tmp_path)
     check(results)
     check_by_direction(results)
+
+
+@pytest.mark.slow
+def test_lightnings_trainer(example, tmp_path):
+    results = example("lightning_trainer").run(tmp_path)
+    (old_plain, new_plain), (old, new) = results["without the gate"], results["by direction"]
+    assert max(new_plain, new) < 0.5
+    assert old_plain > 2
+    assert old < 0.5 * old_plain
 
 
 def test_trl(example, tmp_path):

@@ -333,6 +333,11 @@ def test_rows_that_attribution_cannot_use_are_refused_before_training(llama_fold
     trainer.add_callback(TaskDirections())
     with pytest.raises(AgclError, match="none has an answer"):
         trainer.train()
+    (tmp_path / "file").write_text("")
+    for recorder in (TaskImportance, TaskDirections):
+        trainer = trainer_for(model, tmp_path, recorder(save_to=tmp_path / "file" / "task.safetensors"))
+        with pytest.raises(AgclError, match=r"task\.safetensors cannot be written \(Not a directory.*choose"):
+            trainer.train()
     trainer = trainer_for(model, tmp_path, TaskDirections(parameters="norm"))
     with pytest.raises(AgclError, match="weight matrix of a linear map"):
         trainer.train()

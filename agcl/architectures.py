@@ -1,0 +1,19 @@
+"""Which of transformers' models are causal language models: a token sees none that come after it."""
+
+from typing import Any
+
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+
+def not_causal(config: Any) -> str | None:
+    """What a model is instead, if it is no causal language model.
+
+    Args:
+        config: Of transformers.
+    """
+    if getattr(config, "is_encoder_decoder", False):
+        return f"an encoder-decoder ({config.model_type})"
+    # transformers makes a language model of these too, whose tokens then see the answer that is to be learned.
+    if getattr(config, "model_type", None) in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not config.is_decoder:
+        return f"an encoder ({config.model_type} without `is_decoder`)"
+    return None
