@@ -14,6 +14,7 @@ def not_causal(config: Any) -> str | None:
     if getattr(config, "is_encoder_decoder", False):
         return f"an encoder-decoder ({config.model_type})"
     # transformers makes a language model of these too, whose tokens then see the answer that is to be learned.
-    if getattr(config, "model_type", None) in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not config.is_decoder:
-        return f"an encoder ({config.model_type} without `is_decoder`)"
+    kind, is_decoder = getattr(config, "model_type", None), getattr(config, "is_decoder", False)
+    if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not is_decoder:
+        return f"an encoder ({kind} without `is_decoder`)"
     return None

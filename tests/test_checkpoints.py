@@ -273,6 +273,11 @@ def test_checkpoints_are_found_where_logger_and_callbacks_put_them(tmp_path, sai
 # ------------------------------------------------------------------ importance files
 
 
+def trainer_in(folder):
+    strategy = SimpleNamespace(barrier=lambda: None)
+    return SimpleNamespace(fast_dev_run=False, log_dir=str(folder), loggers=[], is_global_zero=True, strategy=strategy)
+
+
 @pytest.mark.parametrize("max_shard_bytes", [10**9, 10])
 def test_importance_is_brought_along_whole_and_shard_by_shard(tmp_path, max_shard_bytes):
     levels = {name: torch.arange(8, dtype=torch.uint8) for name in "ab"}
@@ -283,8 +288,7 @@ def test_importance_is_brought_along_whole_and_shard_by_shard(tmp_path, max_shar
     copy.write_bytes(b"what a killed copy left")
     so_far = ImportanceSoFar("maximum", 8, "host", needs_files=True)
     so_far.files = {"a": str(source)}
-    strategy = SimpleNamespace(barrier=lambda: None)
-    trainer = SimpleNamespace(log_dir=str(tmp_path / "new"), loggers=[], is_global_zero=True, strategy=strategy)
+    trainer = trainer_in(tmp_path / "new")
     so_far.bring_along(trainer, torch.nn.Linear(1, 1))
     assert so_far.files == {"a": str(copy)}
     found, metadata = load_importance(copy)
@@ -306,8 +310,7 @@ def test_a_whole_file_of_another_run_is_not_taken_for_this_ones(tmp_path):
     copy, _ = importance("new", "another's")
     so_far = ImportanceSoFar("maximum", 8, "host", needs_files=True)
     state = {**so_far.state_dict(), "files": {"a": str(ours)}, "said": {"a": metadata}}
-    strategy = SimpleNamespace(barrier=lambda: None)
-    trainer = SimpleNamespace(log_dir=str(tmp_path / "new"), loggers=[], is_global_zero=True, strategy=strategy)
+    trainer = trainer_in(tmp_path / "new")
     so_far.load_state_dict(state)
     so_far.bring_along(trainer, torch.nn.Linear(1, 1))
     assert so_far.files == {"a": str(copy)}

@@ -92,16 +92,8 @@ def compute_importance(
         raise AgclError(_NOT_LEARNED)
     importance = normalise(scores, config, bits)
     if save_to is not None:
-        settings = {
-            "task": task or Path(save_to).stem,
-            "model": name_of(model),
-            "fingerprint": fingerprint(model.named_parameters()),
-            "num_samples": evidence.num_used,
-            "source": "running",
-            **estimator.describe(),
-            **vars(config),
-        }
-        save_importance(save_to, importance, settings)
+        settings = importance_metadata(model, task or Path(save_to).stem, evidence.num_used, estimator, config)
+        save_importance(save_to, importance, {**settings, "source": "running"})
     return importance
 
 
@@ -194,6 +186,20 @@ def check_computable(
     estimator.check(model, names, first)
     if by_direction:
         _matrices_of(model, names, first, cast(PerSampleGradient, estimator))
+
+
+def importance_metadata(
+    model: nn.Module, task: str, num_samples: int, estimator: Estimator, config: ImportanceConfig
+) -> dict[str, Any]:
+    """What an importance file says of where it comes from."""
+    return {
+        "task": task,
+        "model": name_of(model),
+        "fingerprint": fingerprint(model.named_parameters()),
+        "num_samples": num_samples,
+        **estimator.describe(),
+        **vars(config),
+    }
 
 
 def name_of(model: nn.Module) -> str:

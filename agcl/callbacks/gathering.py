@@ -8,8 +8,8 @@ from datasets import Dataset
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
+from agcl.attribution.computing import importance_metadata
 from agcl.attribution.estimators import Estimator, Evidence
-from agcl.attribution.fingerprints import fingerprint
 from agcl.attribution.importance import ImportanceConfig, Parts, normalise
 from agcl.attribution.levels import DTYPES, Bits
 from agcl.attribution.naming import check_pattern, matching_parameters
@@ -84,7 +84,7 @@ class Gatherer:
             AgclError: If ``parameters`` matches none.
             UnsupportedModelError: From the estimator.
         """
-        names = matching_parameters(model, self.parameters)
+        names = self.names(model)
         if has_shards(model):
             check_layout(model)
             if not self.estimator.scores_shards:
@@ -97,7 +97,7 @@ class Gatherer:
 
     def begin_task(self, model: nn.Module) -> None:
         """Let the estimator see the weights that a task starts from."""
-        self.estimator.begin_task(model, matching_parameters(model, self.parameters))
+        self.estimator.begin_task(model, self.names(model))
 
     def gather(
         self,
@@ -187,12 +187,6 @@ class Gatherer:
         return training_samples(datamodule, task_index, seed=self.seed, device=pl_module.device)
 
     def _metadata(self, pl_module: Any, task: str, num_samples: int) -> dict[str, str]:
-        settings = {
-            "task": task,
-            "model": shown_name(pl_module.model_name_or_path),
-            "fingerprint": fingerprint(pl_module.model.named_parameters()),
-            "num_samples": num_samples,
-            **self.estimator.describe(),
-            **vars(self.config),
-        }
+        settings = importance_metadata(pl_module.model, task, num_samples, self.estimator, self.config)
+        settings["model"] = shown_name(pl_module.model_name_or_path)
         return {key: str(value) for key, value in settings.items()}

@@ -132,6 +132,24 @@ def _fulfilling(task: Task, rows: Dataset) -> Dataset:
     return rows.select(indices)
 
 
+def builtin_file(name: str, suffix: str, complaint: str) -> Path:
+    """The file of a ``builtin:`` name.
+
+    Args:
+        name: Its name.
+        suffix: Of files of that kind.
+        complaint: How the error begins if there is none.
+
+    Raises:
+        AgclError: If there is none.
+    """
+    path = BUILTIN_FOLDER / (name.removeprefix("builtin:") + suffix)
+    if not path.is_file():
+        names = sorted(str(p.relative_to(BUILTIN_FOLDER).with_suffix("")) for p in BUILTIN_FOLDER.glob(f"*/*{suffix}"))
+        raise AgclError(f"{complaint} `{name}`; built in are {', '.join(names)}.")
+    return path
+
+
 def builder_suffix(source: str) -> str | None:
     """The suffix that says how a file is to be read; None if ``source`` is no file."""
     return next((suffix for suffix in reversed(Path(source).suffixes) if suffix in _BUILDERS), None)
@@ -142,10 +160,7 @@ def _load_arguments(task: Task) -> dict[str, Any]:
     files = task.source if isinstance(task.source, dict) else {"train": task.source}
     first = next(iter(files.values()))
     if first.startswith("builtin:"):
-        path = BUILTIN_FOLDER / (first.removeprefix("builtin:") + ".jsonl")
-        if not path.is_file():
-            names = sorted(str(p.relative_to(BUILTIN_FOLDER).with_suffix("")) for p in BUILTIN_FOLDER.glob("*/*.jsonl"))
-            raise AgclError(f"Task `{task.name}`: there is no `{first}`; built in are {', '.join(names)}.")
+        path = builtin_file(first, ".jsonl", f"Task `{task.name}`: there is no")
         return {"path": "json", "data_files": {"train": str(path)}}
     suffix = builder_suffix(first)
     if suffix is None:

@@ -10,11 +10,10 @@ import torch
 from datasets import ClassLabel, Dataset
 from transformers import PreTrainedTokenizerBase
 
+from agcl.attribution.rows import IGNORED_LABEL
 from agcl.data.repeats import Repeats
 from agcl.data.sources import is_empty, load_rows, quiet_datasets
 from agcl.errors import AgclError, raise_any
-
-IGNORED_LABEL = -100  # what torch's cross entropy leaves out
 
 TaskMetric = Literal[
     "exact_match", "label_accuracy", "label_ranking", "first_character", "rouge_l", "edit_similarity", "sari"

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from agcl.data.sources import builtin_file
 from agcl.errors import AgclError
-
-BUILTIN_FOLDER = Path(__file__).parent / "builtin"
 
 
 def load_text(source: str) -> str:
@@ -21,10 +20,7 @@ def load_text(source: str) -> str:
         AgclError: If it is not there or not text.
     """
     if source.startswith("builtin:"):
-        path = BUILTIN_FOLDER / (source.removeprefix("builtin:") + ".txt")
-        if not path.is_file():
-            names = sorted(str(p.relative_to(BUILTIN_FOLDER).with_suffix("")) for p in BUILTIN_FOLDER.glob("*/*.txt"))
-            raise AgclError(f"There is no built-in text `{source}`; built in are {', '.join(names)}.")
+        path = builtin_file(source, ".txt", "There is no built-in text")
     else:
         path = Path(source).expanduser()
     try:

@@ -36,7 +36,8 @@ def export_model(trained: Trained, output: Path, *, name: str | None = None, tru
     Raises:
         AgclError: If the folder is in use, or the checkpoint's weights do not fit the model that it names.
     """
-    output = output.absolute()  # "." has no name
+    if output.resolve() == Path.cwd():
+        raise AgclError(f"{output} is the folder that you are in, which cannot be replaced; name one in it.")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise AgclError(f"{output} exists; choose a folder that does not, or an empty one.")
     output.parent.mkdir(parents=True, exist_ok=True)

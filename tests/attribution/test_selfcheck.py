@@ -308,7 +308,7 @@ def test_what_is_refused_up_front_is_told_with_the_remedy():
     assert "`model.layers.0` (LlamaDecoderLayer) is compiled" in str(check)
     assert check.num_parameters == sum(p.numel() for p in model.parameters())
     encoder = T5ForConditionalGeneration(T5Config(vocab_size=23, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
-    assert "is an encoder-decoder model" in check_model(encoder).refusals[0]
+    assert "is an encoder-decoder (t5)" in check_model(encoder).refusals[0]
 
 
 def test_a_custom_function_without_a_backward_pass_is_a_failure_not_a_crash():

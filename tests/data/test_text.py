@@ -9,7 +9,8 @@ import torch
 from conftest import CHARACTERS, character_tokenizer
 from tokenizers import processors
 
-from agcl.data.text import BUILTIN_FOLDER, load_text, text_windows
+from agcl.data.sources import BUILTIN_FOLDER
+from agcl.data.text import load_text, text_windows
 from agcl.errors import AgclError
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "build_builtin_text.py"

@@ -115,12 +115,15 @@ def test_the_card_says_how_to_go_on(run, tmp_path, monkeypatch):
     if run.kind == "pairs":
         pytest.skip("the card has no recipe: test_the_card_says_what_was_measured")
     monkeypatch.chdir(tmp_path)
-    main(["export", str(run.folder), "--output", "."])
-    text = ModelCard.load(tmp_path / "README.md").text
-    recipe = text.partition("```python")[2].partition("```")[0]
-    model = AutoModelForCausalLM.from_pretrained(tmp_path if run.kind == "full" else run.base)
+    with pytest.raises(SystemExit, match=r"\. is the folder that you are in, which cannot be replaced; name one in it"):
+        main(["export", str(run.folder), "--output", "."])
+    main(["export", str(run.folder), "--output", "exported"])
+    monkeypatch.chdir("exported")
+    text = ModelCard.load("README.md").text
+    (recipe,) = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "agcl.gate(" in block]
+    model = AutoModelForCausalLM.from_pretrained("." if run.kind == "full" else run.base)
     if run.kind != "full":
-        model = PeftModel.from_pretrained(model, tmp_path, is_trainable=True)
+        model = PeftModel.from_pretrained(model, ".", is_trainable=True)
     optimizer = torch.optim.AdamW(parameter for parameter in model.parameters() if parameter.requires_grad)
     exec(recipe, {"model": model, "optimizer": optimizer})
 
