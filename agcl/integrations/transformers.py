@@ -260,7 +260,7 @@ class TaskImportance(TrainerCallback):
     ) -> None:
         """Check rows and model before anything is trained; let the estimator see where the task starts."""
         model = kwargs["model"]
-        if self._save_to is not None:
+        if self._save_to is not None and state.is_world_process_zero:
             check_writable(self._save_to)
         rows = training_rows(kwargs["train_dataloader"], self._seed)
         check_computable(model, rows, estimator=self._estimator, parameters=self._parameters)
@@ -332,7 +332,7 @@ class TaskDirections(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Check rows and model before anything is trained."""
-        if self._save_to is not None:
+        if self._save_to is not None and state.is_world_process_zero:
             check_writable(self._save_to)
         rows = training_rows(kwargs["train_dataloader"], self._seed)
         check_computable(
