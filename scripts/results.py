@@ -121,8 +121,7 @@ def variants() -> str:
 
 def estimators() -> str:
     """Rows of `benchmarks/variants.py` with an estimator each at equal plasticity, the lowest old loss first."""
-    # Rows of a strength that was not given have ranks' own.
-    found = [{"strength": 8.0} | row for row in _lines("variants") if row["variant"].startswith(BY_RANK)]
+    found = [row for row in _by_rank() if row["variant"].startswith(BY_RANK)]
     found.sort(key=lambda row: (row["strength"], row["lr"], row["seed"], row["old_loss"]))
     rows: list[Row] = []
     for row in found:
@@ -138,13 +137,18 @@ def estimators() -> str:
 
 def entries() -> str:
     """Rows of `benchmarks/variants.py` where one thing is otherwise in a gate by rank, beside the gate as it is."""
-    found = [row for row in _lines("variants") if row["variant"].startswith(OTHER)]
-    as_it_is = [row for row in _lines("variants") if row["variant"] == f"{BY_RANK}AttnLRP, squared"]
+    found = [row for row in _by_rank() if row["variant"].startswith(OTHER)]
+    as_it_is = [row for row in _by_rank() if row["variant"] == f"{BY_RANK}AttnLRP, squared"]
     rows: list[Row] = []
     for settings, group in itertools.groupby(found, key=_settings):
         rows += [("as it is", *settings, *_numbers(row)) for row in as_it_is if _settings(row) == settings]
         rows += [(row["variant"].removeprefix(OTHER), *settings, *_numbers(row)) for row in group]
     return _table(("what is otherwise", "strength", "learning rate", "seed", *NUMBERS), rows)
+
+
+def _by_rank() -> list[dict[str, Any]]:
+    """Rows of gates by rank; where no strength was given, with ranks' own."""
+    return [{"strength": 8.0} | row for row in _lines("variants") if row["variant"].startswith((BY_RANK, OTHER))]
 
 
 def _settings(row: dict[str, Any]) -> Row:
