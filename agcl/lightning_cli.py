@@ -3,6 +3,7 @@
 import inspect
 import json
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from timeit import Timer
@@ -220,6 +221,8 @@ def run(args: Sequence[str], epilog: str) -> None:
         AgclError: If what they ask for cannot work.
     """
     no_exit = {"exit_on_error": False}
+    # Lightning's use of torch, several times a run, of which its users can mend nothing.
+    warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
     try:
         AgclCLI(
             ContinualLM,
