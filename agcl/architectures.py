@@ -1,4 +1,4 @@
-"""Which of transformers' models are causal language models: a token sees none that come after it."""
+"""What configurations of transformers' models say of them."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 
 
 def not_causal(config: Any) -> str | None:
-    """What a model is instead, if it is no causal language model.
+    """What a model is instead, if it is no causal language model, in which a token sees none that come after it.
 
     Args:
         config: Of transformers.
@@ -18,3 +18,8 @@ def not_causal(config: Any) -> str | None:
     if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not is_decoder:
         return f"an encoder ({kind} without `is_decoder`)"
     return None
+
+
+def context_tokens(config: Any) -> int | None:
+    """How many tokens a model can look back on, if its configuration states it."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)

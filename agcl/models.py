@@ -171,7 +171,7 @@ def adapter_config(adapter: dict[str, Any]) -> PeftConfig:
     return config
 
 
-def add_adapter(model: PreTrainedModel, adapter: dict[str, Any]) -> PeftModel:
+def put_adapter_on(model: PreTrainedModel, adapter: dict[str, Any]) -> PeftModel:
     """Put a PEFT adapter on a model, which is changed in place.
 
     Raises:

@@ -28,7 +28,7 @@ from agcl.metrics import (
     LearningAccuracy,
     ScoreMatrix,
 )
-from agcl.models import add_adapter, load_model, load_tokenizer, save_model, shard_model
+from agcl.models import load_model, load_tokenizer, put_adapter_on, save_model, shard_model
 from agcl.ranks import Ranks
 from agcl.schedules import WarmupDecay
 from agcl.scoring import TaskScorer, answer_logits, token_nll
@@ -148,7 +148,7 @@ class ContinualLM(LightningModule):
         if self.adapter is not None:
             if self.gradient_checkpointing:
                 model.enable_input_require_grads()
-            model = add_adapter(model, self.adapter)
+            model = put_adapter_on(model, self.adapter)
         self.model = model.train()
         for change in self.model_changes:
             change()
@@ -283,8 +283,6 @@ class ContinualLM(LightningModule):
         if not value.isfinite():
             raise self._diverged(task, f"the {what} is {value.item()}")
 
-    # ----------------------------------------------------------------- scoring
-
     def on_train_end(self) -> None:
         """Say which tasks were not learned, if something ended the training before (early stopping, a time limit)."""
         left = [task.name for task in self.tasks][self.tasks.num_completed(self.trainer.current_epoch) :]
@@ -293,6 +291,8 @@ class ContinualLM(LightningModule):
                 f"Training has ended before {', '.join(f'`{name}`' for name in left)} was learned to its end: what "
                 "stops the Trainer (EarlyStopping, max_steps, max_time) stops the whole sequence, not a task."
             )
+
+    # ----------------------------------------------------------------- scoring
 
     def on_validation_epoch_start(self) -> None:
         """Begin a scorer for each evaluation set."""

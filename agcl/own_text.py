@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from agcl.architectures import context_tokens
 from agcl.attribution.computing import check_options, compute_input_moments
 from agcl.attribution.directions import InputMoments
 from agcl.attribution.estimators import PerSampleGradient
@@ -30,7 +31,7 @@ def write_text(model: Any, tokenizer: PreTrainedTokenizerBase, num_pieces: int, 
     """
     begin = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     start = torch.full((num_pieces, 1), int(begin), device=model.device)
-    context = getattr(model.config, "max_position_embeddings", None) or num_tokens
+    context = context_tokens(model.config) or num_tokens
     written = min(num_tokens, context) - 1
     devices = [model.device] if model.device.type == "cuda" else []
     with evaluation_mode(model), torch.no_grad(), torch.random.fork_rng(devices):

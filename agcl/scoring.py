@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from agcl.answers import Answer
+from agcl.architectures import context_tokens
 from agcl.data.tasks import IGNORED_LABEL, Task, collate
 from agcl.metrics.text import edit_similarity, first_character, rouge_l, sari
 from agcl.ranks import Ranks
@@ -311,7 +312,7 @@ class TaskScorer(nn.Module):
 
 def _context(model: Any) -> float:
     """Tokens that a model can look back on, as its configuration states it; else infinity."""
-    return getattr(_base_model(model).config.get_text_config(), "max_position_embeddings", None) or math.inf
+    return context_tokens(_base_model(model).config) or math.inf
 
 
 def _base_model(model: Any) -> PreTrainedModel:

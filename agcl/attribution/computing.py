@@ -74,13 +74,10 @@ def compute_importance(
     check_options(num_samples, batch_size, bits, parameters)
     estimator = LRP() if estimator is None else estimator
     names = matching_parameters(model, parameters)
-    samples = samples_of(rows, next(model.parameters()).device)
-    if estimator.uses_samples:
-        samples = itertools.chain([_first(samples)], samples)
     evidence = Evidence(
         model,
         names,
-        samples,
+        _read(model, rows)[1] if estimator.uses_samples else (),
         num_samples,
         batch_size=batch_size,
         config=config,
@@ -131,22 +128,22 @@ def compute_input_moments(
     check_options(num_samples, batch_size, 8, parameters)
     estimator = LRP() if estimator is None else estimator
     names = matching_parameters(model, parameters)
-    samples = samples_of(rows, next(model.parameters()).device)
-    first = _first(samples)
+    first, samples = _read(model, rows)
     matrices = _matrices_of(model, names, first, estimator)
-    read = itertools.chain([first], samples)  # no more than are needed
-    evidence = Evidence(model, names, read, num_samples, batch_size=batch_size, only_correct=only_correct)
+    evidence = Evidence(model, names, samples, num_samples, batch_size=batch_size, only_correct=only_correct)
     moments = input_moments(evidence, estimator, matrices)
     if not evidence.num_used:
         raise AgclError(_NOT_LEARNED)
     return moments
 
 
-def _first(samples: Iterator[Sample]) -> Sample:
+def _read(model: nn.Module, rows: Iterable[Any]) -> tuple[Sample, Iterator[Sample]]:
+    """The first sample, and all of them, of which no more rows are read than are needed."""
+    samples = samples_of(rows, next(model.parameters()).device)
     first = next(samples, None)
     if first is None:
         raise AgclError(_NO_ANSWER)
-    return first
+    return first, itertools.chain([first], samples)
 
 
 def _matrices_of(model: nn.Module, names: list[str], sample: Sample, estimator: PerSampleGradient) -> dict[str, bool]:
@@ -181,7 +178,7 @@ def check_computable(
         UnsupportedModelError: See `compute_importance`.
     """
     names = matching_parameters(model, parameters)
-    first = _first(samples_of(rows, next(model.parameters()).device))
+    first, _ = _read(model, rows)
     estimator = LRP() if estimator is None else estimator
     estimator.check(model, names, first)
     if by_direction:

@@ -372,9 +372,7 @@ class AttributionCallback(Callback):
             self.num_boundaries = index + 1
             if self._gates_pairs(pl_module) and not is_last:
                 set_aside(pl_module.model, index, self._resolved_seed(trainer) + index)
-        # A fresh pair is gated anew, and after resuming own text is held also where no task has importance.
-        if self.files or self._gates_pairs(pl_module) or (self._directions and self._directions.moments.sums):
-            self._attach_gate(trainer, pl_module, is_last=is_last, begins=begins)
+        self._attach_gate(trainer, pl_module, is_last=is_last, begins=begins)
 
     def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Leave no hook behind."""

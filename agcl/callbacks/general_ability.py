@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
+from agcl.architectures import context_tokens
 from agcl.callbacks.beside_scoring import BesideScoring
 from agcl.data.tasks import IGNORED_LABEL
 from agcl.data.text import load_text, text_windows
@@ -63,7 +64,7 @@ class GeneralAbility(BesideScoring):
         self._num_tasks = len(pl_module.tasks)
         self._windows = text_windows(load_text(self.source), pl_module.tokenizer, self.num_windows, self.window_tokens)
         length = self._windows.shape[1]
-        context = getattr(pl_module.model.config, "max_position_embeddings", None)
+        context = context_tokens(pl_module.model.config)
         if context is not None and length > context:
             raise AgclError(
                 f"GeneralAbility: windows of {length} tokens are longer than the model's context, which has {context}: "

@@ -10,7 +10,7 @@ from agcl.commands.check_model import random_model
 from agcl.data.samples import as_samples
 from agcl.errors import AgclError
 from agcl.forecast import ModelSize
-from agcl.models import add_adapter
+from agcl.models import put_adapter_on
 
 _MAX_WEIGHTS = 3 * 10**8  # that are made for the trial
 
@@ -41,7 +41,7 @@ def try_estimator(model: Any, callback: AttributionCallback, size: ModelSize, ro
             small.set_attn_implementation(model.attn_implementation)
         if model.adapter is not None:
             with torch.random.fork_rng(devices=[]):
-                small = add_adapter(small, model.adapter)
+                small = put_adapter_on(small, model.adapter)
     except Exception as error:  # not every architecture can do with one layer, nor every adapter
         reason = " ".join(str(error).split())[:200]
         return [f"Whether attribution sees into the model could not be tried on one layer of it ({reason})."]

@@ -16,6 +16,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.utils.data import DataLoader, Sampler, SubsetRandomSampler
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from agcl.architectures import context_tokens
 from agcl.data.replay import Replay, draw
 from agcl.data.sequence import Regime, TaskSequence, in_order
 from agcl.data.sources import in_folder
@@ -173,7 +174,7 @@ class ContinualDataModule(LightningDataModule):
             self.model_name_or_path, gguf_file=self.gguf_file, trust_remote_code=self.trust_remote_code
         )
         config = self._text_config()
-        context = getattr(config, "max_position_embeddings", None)
+        context = context_tokens(config)
         if self.max_length is not None and context is not None and self.max_length > context:
             raise AgclError(f"`max_length` is {self.max_length}, but the model's context has {context} tokens.")
         limit = self.max_length or context or int(self.tokenizer.model_max_length)
@@ -181,7 +182,7 @@ class ContinualDataModule(LightningDataModule):
 
     def context_tokens(self) -> int | None:
         """Length of the model's context, as its configuration states it, if it does."""
-        return getattr(self._text_config(), "max_position_embeddings", None)
+        return context_tokens(self._text_config())
 
     def _text_config(self) -> Any:
         return load_config(

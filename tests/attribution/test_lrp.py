@@ -493,7 +493,7 @@ def test_refuses_opaque_attention(attention):
 def test_refuses_encoder_decoders():
     config = T5Config(vocab_size=23, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
     model = T5ForConditionalGeneration(config)
-    message = "`T5ForConditionalGeneration` is an encoder-decoder"
+    message = r"`T5ForConditionalGeneration` is an encoder-decoder \(t5\)"
     with pytest.raises(UnsupportedModelError, match=message), lrp_rules(model):
         pass
 
