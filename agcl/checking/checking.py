@@ -231,7 +231,7 @@ def _rows(found: Check, config: Any, data: ContinualDataModule, model: Any) -> N
     for task in data.tasks:
         splits = check_splits(task, encoder, data.evaluate_on, config.rows)
         found.add(problem for split in splits for problem in split.problems)
-        found.tasks.append(TaskCheck(task, splits, list(notes_on(task, splits))))
+        found.tasks.append(TaskCheck(task, splits, list(notes_on(task, splits, data.chat_template))))
     largest = max((split.largest_id for each in found.tasks for split in each.splits), default=-1)
     if model is not None and largest >= model.get_input_embeddings().num_embeddings:
         found.problems.append(

@@ -125,10 +125,10 @@ def _load(check: SplitCheck, task: Task, prompt: str) -> Dataset | None:
     return None
 
 
-def notes_on(task: Task, checks: list[SplitCheck]) -> Iterator[str]:
-    """What is allowed, but seldom meant."""
+def notes_on(task: Task, checks: list[SplitCheck], is_chat: bool = False) -> Iterator[str]:
+    """What is allowed, but seldom meant; in a chat the template stands between prompt and answer."""
     train = checks[0]
-    if not (task.answer[:1].isspace() or task.prompt[-1:].isspace()):
+    if not (is_chat or task.answer[:1].isspace() or task.prompt[-1:].isspace()):
         yield f"`answer` ({task.answer!r}) follows the prompt without a space."
     unlearned = [label for label in task.labels or () if label not in train.labels]
     if unlearned and train.labels:

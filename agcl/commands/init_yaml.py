@@ -53,6 +53,7 @@ data:
   batch_size: 8
   # max_length: 512  # longest row in tokens; the model's context if left out
   # truncation: left  # cut the beginning of longer prompts, which are refused otherwise
+  # chat_template: true  # for a model that was trained to chat: prompt and answer become the turns of its template
   tasks:  # in the order of learning
 """
 

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Sampler, SubsetRandomSampler
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from agcl.architectures import context_tokens
+from agcl.data.chat import ChatTurns
 from agcl.data.replay import Replay, draw
 from agcl.data.sequence import Regime, TaskSequence, in_order
 from agcl.data.sources import in_folder
@@ -74,6 +75,9 @@ class ContinualDataModule(LightningDataModule):
             choose hyper-parameters by. Probes that name a split of their own keep it.
         data_dir: Folder that the tasks' relative files are taken from; the working directory if left out.
         trust_remote_code: Run tokenizer code that comes with the checkpoint.
+        chat_template: Make each prompt the user's turn and each answer the assistant's, by the chat template of the
+            model's tokenizer. White space around an answer is left out.
+        system_prompt: The turn before the user's; without one, the template's own, if it has any.
 
     Raises:
         AgclError: If the options do not go together; on set-up, if a task's data or the Trainer's settings cannot work.
@@ -97,6 +101,8 @@ class ContinualDataModule(LightningDataModule):
         evaluate_on: ScoredSplit = "test",
         data_dir: str | None = None,
         trust_remote_code: bool = False,
+        chat_template: bool = False,
+        system_prompt: str | None = None,
     ) -> None:
         super().__init__()
         for task in tasks:
@@ -116,6 +122,8 @@ class ContinualDataModule(LightningDataModule):
         self.replay = replay
         self.evaluate_on: ScoredSplit = evaluate_on
         self.trust_remote_code = trust_remote_code
+        self.chat_template = chat_template
+        self.system_prompt = system_prompt
         self._train_rows: list[Dataset] = []
         self._evaluations: list[tuple[int, str | None, Dataset]] = []
         raise_any(self._problems())
@@ -125,6 +133,10 @@ class ContinualDataModule(LightningDataModule):
             value = getattr(self, name)
             if value is not None and value < least:
                 yield f"`{name}` is {value}; give at least {least}."
+        if self.chat_template and self.truncation == "left":
+            yield "`truncation: left` would cut the beginning of the chat; leave it or `chat_template` out."
+        if self.system_prompt is not None and not self.chat_template:
+            yield "`system_prompt` is a turn of a chat: set `chat_template: true`, or leave it out."
         for task in self.tasks:
             try:
                 next(task.evaluations(self.evaluate_on))
@@ -168,7 +180,8 @@ class ContinualDataModule(LightningDataModule):
         """Load the tokenizer, and make of it what turns rows into tokens; no row is looked at.
 
         Raises:
-            AgclError: If there is no such model, or ``max_length`` exceeds its context.
+            AgclError: If there is no such model, ``max_length`` exceeds its context, or its tokenizer's chat template
+                is asked for and missing or of no use.
         """
         self.tokenizer = load_tokenizer(
             self.model_name_or_path, gguf_file=self.gguf_file, trust_remote_code=self.trust_remote_code
@@ -178,7 +191,9 @@ class ContinualDataModule(LightningDataModule):
         if self.max_length is not None and context is not None and self.max_length > context:
             raise AgclError(f"`max_length` is {self.max_length}, but the model's context has {context} tokens.")
         limit = self.max_length or context or int(self.tokenizer.model_max_length)
-        self.encoder = AnswerEncoder(self.tokenizer, limit, self.truncation, getattr(config, "vocab_size", None))
+        chat = ChatTurns(self.tokenizer, self.system_prompt) if self.chat_template else None
+        size = getattr(config, "vocab_size", None)
+        self.encoder = AnswerEncoder(self.tokenizer, limit, self.truncation, size, chat)
 
     def context_tokens(self) -> int | None:
         """Length of the model's context, as its configuration states it, if it does."""

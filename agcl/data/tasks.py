@@ -11,6 +11,7 @@ from datasets import ClassLabel, Dataset
 from transformers import PreTrainedTokenizerBase
 
 from agcl.attribution.rows import IGNORED_LABEL
+from agcl.data.chat import ChatTurns
 from agcl.data.repeats import Repeats
 from agcl.data.sources import is_empty, load_rows, quiet_datasets
 from agcl.errors import AgclError, raise_any
@@ -202,6 +203,7 @@ class AnswerEncoder:
         max_length: Longest allowed row in tokens.
         truncation: What happens to a longer one: ``error``, or ``left``: the prompt loses its beginning.
         vocab_size: Number of tokens that the model knows, if it may be fewer than the tokenizer has.
+        chat: Writes prompt and answer as turns of a chat, with the special tokens of the tokenizer's template.
     """
 
     def __init__(
@@ -210,17 +212,27 @@ class AnswerEncoder:
         max_length: int,
         truncation: Literal["error", "left"] = "error",
         vocab_size: int | None = None,
+        chat: ChatTurns | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.truncation = truncation
         self.vocab_size = vocab_size
+        self.chat = chat
         # No token stands for more characters than its own spelling has.
         self._max_characters = max_length * max(map(len, tokenizer.get_vocab()), default=1)
 
     def encode_answer(self, text: str) -> list[int]:
-        """Token ids of an answer, closed by the end-of-sequence token."""
-        return [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.tokenizer.eos_token_id]
+        """Token ids of an answer, closed by the end-of-sequence token, after what else closes a turn."""
+        text = text if self.chat is None else self.chat.answer(text)
+        ids, end = self.tokenizer(text, add_special_tokens=False)["input_ids"], self.tokenizer.eos_token_id
+        return ids if self.chat is not None and ids[-1] == end else [*ids, end]
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Token ids of a prompt."""
+        if self.chat is None:
+            return list(self.tokenizer(text)["input_ids"])
+        return list(self.tokenizer(self.chat.prompt(text), add_special_tokens=False)["input_ids"])
 
     def encode_rows(self, task: Task, split: str, prompt: str) -> Dataset:
         """Load and encode one split.
@@ -286,7 +298,7 @@ class AnswerEncoder:
         if self.truncation == "error" and len(text) > self._max_characters:  # whose tokens would take minutes to count
             size = f"a prompt of {len(text)} characters, more than {self.max_length} tokens hold"
             raise _too_long(task, where, size)
-        tokens = TokenisedRow(self.tokenizer(text)["input_ids"], self.encode_answer(answer), answer, label)
+        tokens = TokenisedRow(self.encode_prompt(text), self.encode_answer(answer), answer, label)
         largest = max([*tokens.prompt_ids, *tokens.answer_ids])
         if self.vocab_size is not None and largest >= self.vocab_size:
             raise AgclError(

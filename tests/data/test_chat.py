@@ -1,0 +1,86 @@
+import pytest
+from conftest import character_tokenizer, write_rows
+
+from agcl.data.chat import ChatTurns
+from agcl.data.datamodule import ContinualDataModule
+from agcl.data.tasks import AnswerEncoder, Task
+from agcl.errors import AgclError
+
+TURNS = "{% for turn in messages %}"
+ASKED = "{% if add_generation_prompt %}"
+CHATML = (
+    TURNS + "<s>{{ turn.role[0] }} {{ turn.content }}<eos> {% endfor %}" + ASKED + "<s>a {% endif %}"
+)  # the end of a turn is the end of the sequence, and white space follows
+OTHER_END = TURNS + "<s>{{ turn.role[0] }} {{ turn.content | trim }}<e> {% endfor %}" + ASKED + "<s>a {% endif %}"
+SPACE_AFTER = TURNS + "<s>{{ turn.content }}{% if turn.role == 'assistant' %}<eos>{% endif %}{% endfor %}"
+THINKING = (
+    TURNS + "<s>{{ turn.role[0] }} {% if loop.last and turn.role == 'assistant' %}<t>{% endif %}{{ turn.content }}<eos>"
+    "{% endfor %}" + ASKED + "<s>a {% if enable_thinking is defined and not enable_thinking %}<t>{% endif %}{% endif %}"
+)
+THINKING_IN_ANSWERS = THINKING.replace("{% if enable_thinking is defined and not enable_thinking %}<t>{% endif %}", "")
+TASK = {"name": "t", "prompt": "{q}?", "answer": " {a}"}
+
+
+def tokenizer(template):
+    made = character_tokenizer()
+    made.add_special_tokens({"additional_special_tokens": ["<s>", "<e>", "<t>"]})
+    made.chat_template = template
+    return made
+
+
+def encoded(tmp_path, template, system_prompt=None):
+    known = tokenizer(template)
+    path = write_rows(tmp_path / "a.jsonl", [{"q": "ab", "a": "c"}])
+    task = Task(source=str(path), **TASK)
+    encoder = AnswerEncoder(known, 64, chat=ChatTurns(known, system_prompt))
+    (row,) = encoder.encode_rows(task, "train", task.prompt)
+    ids = row["input_ids"]
+    cut = row["labels"].count(-100)
+    assert row["labels"][cut:] == ids[cut:]
+    assert row["answer"] == "c"
+    assert encoder.encode_answer(task.label_answer("c")) == ids[cut:]
+    return known.decode(ids[:cut]), known.decode(ids[cut:])
+
+
+@pytest.mark.parametrize(
+    ("template", "prompt", "answer"),
+    [
+        (CHATML, "<s>u ab?<eos> <s>a ", "c<eos>"),
+        (OTHER_END, "<s>u ab?<e> <s>a ", "c<e><eos>"),
+        (SPACE_AFTER, "<s>ab?", "<s>c<eos>"),
+        (THINKING, "<s>u ab?<eos><s>a <t>", "c<eos>"),
+        (THINKING_IN_ANSWERS, "<s>u ab?<eos><s>a ", "<t>c<eos>"),
+    ],
+)
+def test_prompt_and_answer_become_turns_and_the_answer_is_closed_once(tmp_path, template, prompt, answer):
+    assert encoded(tmp_path, template) == (prompt, answer)
+
+
+def test_system_prompt_comes_first(tmp_path):
+    assert encoded(tmp_path, CHATML, "be kind") == ("<s>s be kind<eos> <s>u ab?<eos> <s>a ", "c<eos>")
+
+
+@pytest.mark.parametrize(
+    ("template", "system_prompt", "message"),
+    [
+        (None, None, "has none: leave it out, or take a model that was trained to chat"),
+        (CHATML.replace("<s>a ", "<t>"), None, "writes an answered question otherwise"),
+        ("{{ messages[0].content }}", None, "writes an answered question otherwise"),
+        (CHATML + "{{ raise_exception('no\nsystem turn') }}", "be kind", "refuses the turns: no system turn"),
+    ],
+)
+def test_templates_of_no_use_are_refused(template, system_prompt, message):
+    with pytest.raises(AgclError, match=message):
+        ChatTurns(tokenizer(template), system_prompt)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"chat_template": True, "truncation": "left"}, "would cut the beginning of the chat"),
+        ({"system_prompt": "be kind"}, "set `chat_template: true`"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(options, message):
+    with pytest.raises(AgclError, match=message):
+        ContinualDataModule([Task(source="a.jsonl", **TASK)], **options)
