@@ -5,13 +5,15 @@
 ``name.safetensors.index.json`` saying where each parameter is. Both are opened as ``name.safetensors``; where both are
 there, the single file counts. The same importance and metadata give the same bytes.
 
-Metadata are strings. `save_importance` adds the first four, whoever computes the importance the others:
+Metadata are strings. `save_importance` adds those down to ``crc32``, whoever computes the importance the others:
 
 ==================================== ==============================================================================
 ``format``, ``format_version``       ``agcl-importance``, ``2``. Version 1 (uint8, one file) is still read.
 ``bits``                             ``8``: importance is level / 255. ``16``: level / 65535.
 ``agcl_version``                     What wrote the file.
 ``shard``                            ``1 of 3``; in the headers of shards only, not in their index.
+``crc32``                            Checksum of each tensor's bytes, a JSON object of eight hexadecimal digits by name;
+                                     in headers only, and no part of :attr:`ImportanceFile.metadata`.
 ``model``                            Name or path of the model, as its user gave it.
 ``fingerprint``                      :func:`fingerprint` of the weights that the importance was computed on.
 ``task``                             The task's name. In a merged file ``tasks`` instead: a JSON list of names.
@@ -81,7 +83,8 @@ class LazyImportance(Mapping[str, Tensor], ABC):
 class ImportanceFile(LazyImportance):
     """An importance file, whole or in shards, opened lazily: ``file[name]`` reads that parameter's tensor alone.
 
-    Opening it reads the headers and checks them. Each tensor read is the reader's own.
+    Opening it reads the headers and checks them; a tensor is checked, by its checksum, when it is read, and each one
+    read is the reader's own.
 
     Args:
         path: As given to `save_importance`; the index of a sharded one will do as well.
@@ -96,13 +99,14 @@ class ImportanceFile(LazyImportance):
 
     Raises:
         AgclError: If a file is missing, truncated, not of this format or version, of another dtype, or at odds with
-            the index.
+            the index; on reading a tensor, if it is damaged.
     """
 
     def __init__(self, path: str | Path, device: torch.device | str = "cpu") -> None:
         self.path = Path(str(path).removesuffix(INDEX_SUFFIX))
         self.device = torch.device(device)
         self._handles: dict[str, Any] = {}  # of each parameter's file
+        self._checksums: dict[str, str] = {}
         is_sharded = not self.path.exists() and storage.index_of(self.path).exists()
         self.metadata, self.files = self._open_shards() if is_sharded else self._open_single()
         parts = {name: self._handles[name].get_slice(name) for name in sorted(self._handles)}
@@ -112,7 +116,7 @@ class ImportanceFile(LazyImportance):
         )
 
     def _open_single(self) -> tuple[dict[str, str], list[Path]]:
-        handle, metadata = storage.open_safetensors(self.path)
+        handle, metadata, self._checksums = storage.open_safetensors(self.path)
         storage.check_format(self.path, metadata)
         if "shard" in metadata:
             whole = self.path.with_name(storage.name_of_whole(self.path.name))
@@ -124,14 +128,17 @@ class ImportanceFile(LazyImportance):
         metadata, contents = storage.read_index(self.path)
         files = {self.path.with_name(file): names for file, names in contents.items()}
         for file, listed in files.items():
-            handle, header = storage.open_safetensors(file)
+            handle, header, checksums = storage.open_safetensors(file)
+            self._checksums.update(checksums)
             storage.check_shard(file, header, set(handle.keys()), metadata, set(listed))
             self._handles.update(dict.fromkeys(listed, handle))
         return metadata, list(files)
 
     def __getitem__(self, name: str) -> Tensor:
         # The handle's tensor is a view of the mapped file, and the same one for all who ask.
-        return self._handles[name].get_tensor(name).to(self.device, copy=True)
+        levels = self._handles[name].get_tensor(name)
+        storage.check_bytes(self.path, name, levels, self._checksums)
+        return levels.to(self.device, copy=True)
 
     def __repr__(self) -> str:
         return f"ImportanceFile({str(self.path)!r}, {len(self)} tensors of {self.bits} bits)"

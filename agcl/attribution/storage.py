@@ -2,10 +2,12 @@
 
 import json
 import re
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -21,6 +23,7 @@ Shape = tuple[int, ...]
 
 _READABLE_VERSIONS = ("1", FORMAT_VERSION)
 _DTYPE_NAMES: dict[Bits, str] = {8: "U8", 16: "U16"}  # as safetensors writes them
+_CHECKSUMS = "crc32"  # of each tensor's bytes, in the header of the file that it is in
 _AGAIN = "copy it again, or compute it anew"
 
 
@@ -84,20 +87,37 @@ def write_safetensors(
     The library's own writer wants all tensors at once, and its bytes differ from one time to the next by the order of
     the metadata.
     """
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    checksums = dict.fromkeys(shapes, 0)
+    with synced(path, named) as file:
+        file.write(_header(metadata, shapes, bits, checksums))
+        for name, shape in shapes.items():
+            levels = importance[name]
+            if levels.dtype != DTYPES[bits] or tuple(levels.shape) != shape:
+                raise AgclError(f"Importance of `{name}` changed while it was written.")
+            content = _bytes_of(levels)
+            checksums[name] = zlib.crc32(content)
+            file.write(content)
+        file.seek(0)
+        file.write(_header(metadata, shapes, bits, checksums))
+
+
+def _header(
+    metadata: Mapping[str, str], shapes: Mapping[str, Shape], bits: Bits, checksums: Mapping[str, int]
+) -> bytes:
+    """What stands before the tensors, of the same length for all values of the checksums."""
+    written = json.dumps({name: f"{checksum:08x}" for name, checksum in checksums.items()}, ensure_ascii=False)
+    header: dict[str, Any] = {"__metadata__": {**metadata, _CHECKSUMS: written}}
     end = 0
     for name, shape in shapes.items():
         start, end = end, end + num_bytes(shape, bits)
         header[name] = {"dtype": _DTYPE_NAMES[bits], "shape": shape, "data_offsets": [start, end]}
     content = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     content += b" " * (-len(content) % 8)  # the data are to be aligned
-    with synced(path, named) as file:
-        file.write(len(content).to_bytes(8, "little") + content)
-        for name, shape in shapes.items():
-            levels = importance[name]
-            if levels.dtype != DTYPES[bits] or tuple(levels.shape) != shape:
-                raise AgclError(f"Importance of `{name}` changed while it was written.")
-            file.write(levels.detach().cpu().contiguous().view(-1).numpy().data)
+    return len(content).to_bytes(8, "little") + content
+
+
+def _bytes_of(levels: Tensor) -> memoryview:
+    return levels.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def write_index(
@@ -172,8 +192,8 @@ def read_index(path: Path) -> tuple[dict[str, str], dict[str, list[str]]]:
     return metadata, contents
 
 
-def open_safetensors(path: Path) -> tuple[Any, dict[str, str]]:
-    """Handle and metadata of a file whose header is whole and covers the file.
+def open_safetensors(path: Path) -> tuple[Any, dict[str, str], dict[str, str]]:
+    """Handle, metadata and checksums of a file whose header is whole and covers the file.
 
     Raises:
         AgclError: If it is missing, truncated or something else.
@@ -184,7 +204,22 @@ def open_safetensors(path: Path) -> tuple[Any, dict[str, str]]:
         handle = safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise AgclError(f"{path} is truncated or no importance file ({_one_line(error)}); {_AGAIN}.") from error
-    return handle, dict(handle.metadata() or {})
+    metadata = dict(handle.metadata() or {})
+    try:
+        checksums = dict(json.loads(metadata.pop(_CHECKSUMS, "{}")))
+    except (ValueError, TypeError) as error:
+        raise AgclError(f"{path} has unreadable checksums ({_one_line(error)}); {_AGAIN}.") from error
+    return handle, metadata, checksums
+
+
+def check_bytes(path: Path, name: str, levels: Tensor, checksums: Mapping[str, str]) -> None:
+    """Refuse a tensor that is not what was written; of files that have no checksums nothing is known.
+
+    Raises:
+        AgclError: If its bytes have another checksum.
+    """
+    if checksums.get(name) not in (None, f"{zlib.crc32(_bytes_of(levels)):08x}"):
+        raise AgclError(f"{path}: `{name}` is damaged, its checksum differs; {_AGAIN}.")
 
 
 def check_format(path: Path, metadata: Mapping[str, str]) -> None:

@@ -348,6 +348,36 @@ def test_truncated_and_missing_files_are_refused_by_name(tmp_path):
     assert_refused(tmp_path, "There is no importance file")
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16])
+@pytest.mark.parametrize("max_shard_bytes", [2, 10**9])
+def test_a_tensor_in_which_a_bit_has_changed_is_refused_when_it_is_read(tmp_path, dtype, max_shard_bytes):
+    path = tmp_path / "x.safetensors"
+    saved = {name: torch.arange(5).to(dtype) for name in "ab"} | {"scalar": torch.tensor(3).to(dtype)}
+    save_importance(path, saved, {}, max_shard_bytes)
+    assert all(torch.equal(open_importance(path)[name], levels) for name, levels in saved.items())
+    file = open_importance(path).files[0]
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1  # of the file's last tensor
+    file.write_bytes(content)
+    names = [name for name in saved if name in safe_open(file, "pt").keys()]  # noqa: SIM118
+    opened = open_importance(path)
+    with pytest.raises(AgclError, match=rf"x.*: `{names[-1]}` is damaged, its checksum differs; copy it again"):
+        opened[names[-1]]
+    for name in set(saved) - {names[-1]}:
+        assert torch.equal(opened[name], saved[name])
+    with pytest.raises(AgclError, match="is damaged"):
+        load_importance(path)
+
+
+def test_files_without_checksums_are_read_and_such_as_cannot_be_are_refused(tmp_path):
+    path = tmp_path / "x.safetensors"
+    save_file({"w": torch.ones(2, dtype=torch.uint8)}, path, metadata=HEADER)
+    found, metadata = load_importance(path)
+    assert (found["w"].tolist(), metadata) == ([1, 1], HEADER)
+    save_file({"w": torch.ones(2, dtype=torch.uint8)}, path, metadata={**HEADER, "crc32": "["})
+    assert_refused(path, "unreadable checksums")
+
+
 HEADER = {"format": "agcl-importance", "format_version": "2"}
 
 
