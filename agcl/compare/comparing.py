@@ -98,7 +98,7 @@ def _run(kind: str, runs: Sequence[Run], comparison: Comparison, console: Consol
 
 
 def _print(console: Console, record: Record, folder: Path) -> None:
-    for table in rich_tables(record):
+    for table in rich_tables(record, console.width):
         console.print()
         console.print(table)
     for line in text_lines(remarks(record)):

@@ -30,6 +30,7 @@ _HEADERS = {
 _SCALES = {"peak_memory_bytes": 2.0**-30}
 _DIGITS = {"wall_seconds": 0, "processor_seconds": 0, "peak_memory_bytes": 2, "extra_bytes_per_weight": 2}
 _UNDEFINED = "-"
+_BETWEEN = 2  # characters between two columns of a table on the terminal
 
 Grid = tuple[str, list[str], list[list[str]]]
 """A title, the headers, and rows of cells."""
@@ -40,19 +41,64 @@ def grids(record: Record) -> list[Grid]:
     return [_scores(record), _costs(record), _differences(record), _trials(record)]
 
 
-def rich_tables(record: Record) -> list[Table]:
-    """The tables for the terminal."""
+def rich_tables(record: Record, width: int) -> list[Table]:
+    """The tables for the terminal.
+
+    Args:
+        record: The comparison.
+        width: Of the terminal, in characters. Columns that do not fit beside the others, their words unbroken, follow
+            in a table of their own.
+    """
     tables = []
     for title, headers, rows in grids(record):
-        table = Table(
-            title=title, title_justify="left", title_style="bold", box=box.SIMPLE, show_edge=False, padding=(0, 1, 0, 0)
-        )
-        for number, header in enumerate(headers):
-            table.add_column(header, justify="left" if number == 0 else "right", overflow="fold")
-        for row in rows:
-            table.add_row(*(Text(cell.replace(" ± ", "±")) for cell in row))
-        tables.append(table)
+        # A line is broken between a mean and its deviation.
+        columns = [[cell.replace(" ± ", " ±") for cell in cells] for cells in zip(headers, *rows, strict=True)]
+        for number, group in enumerate(_fitting(columns, width)):
+            table = Table(
+                title=f"{title}, continued" if number else title,
+                title_justify="left",
+                title_style="bold",
+                box=box.SIMPLE,
+                show_edge=False,
+                padding=(0, 1, 0, 0),
+            )
+            for cells, size in zip(group, _widths(group, width), strict=True):
+                is_first = cells is columns[0]
+                table.add_column(cells[0], justify="left" if is_first else "right", overflow="fold", width=size)
+            for row in zip(*(cells[1:] for cells in group), strict=True):
+                table.add_row(*map(Text, row))
+            tables.append(table)
     return tables
+
+
+def _fitting(columns: list[list[str]], width: int) -> list[list[list[str]]]:
+    """The first column with as many of the others, in their order, as fit beside it, and with the next ones, ..."""
+    first, *others = columns
+    groups: list[list[list[str]]] = []
+    room = 0
+    for cells in others:
+        room -= _longest_word(cells) + _BETWEEN
+        if not groups or room < 0:
+            groups.append([first])
+            room = width - sum(_longest_word(each) + _BETWEEN for each in (first, cells))
+        groups[-1].append(cells)
+    return groups
+
+
+def _widths(group: list[list[str]], width: int) -> list[int]:
+    """Each column's: its longest word; what is left of the terminal goes to those first that want the least more."""
+    widths = [_longest_word(cells) for cells in group]
+    wanted = [max(map(len, cells)) - least for cells, least in zip(group, widths, strict=True)]
+    room = max(width - sum(widths) - _BETWEEN * len(widths), 0)
+    for index in sorted(range(len(group)), key=wanted.__getitem__):
+        more = min(room, wanted[index])
+        widths[index] += more
+        room -= more
+    return widths
+
+
+def _longest_word(cells: Sequence[str]) -> int:
+    return max(len(word) for cell in cells for word in cell.split() or [""])
 
 
 def markdown(record: Record) -> str:

@@ -16,6 +16,7 @@ from agcl.compare import Comparison, Method, compare_methods
 from agcl.compare.figure import plot_stability_plasticity
 from agcl.compare.processes import run_in_processes
 from agcl.compare.selection import choose
+from agcl.compare.tables import grids, rich_tables
 
 LR, STRENGTH = "model.lr", "model.strength"
 
@@ -86,6 +87,22 @@ def test_chosen_on_the_tuning_seed_and_run_on_all_seeds_without_repeating(settin
     assert record["warnings"] == []
     assert "Chosen for other: lr=2.0" in text
     assert "agcl fit --config" in text
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 200])
+def test_terminal_tables_fit_and_break_no_word(setting, width):
+    record, _, _ = run(setting(), best_at_two)
+    console = Console(file=io.StringIO(), width=width)
+    for table in rich_tables(record, width):
+        console.print(table)
+    text = console.file.getvalue()
+    assert max(map(len, text.splitlines())) <= width
+    words = set(text.split())
+    for title, headers, rows in grids(record):
+        assert set(title.split()) <= words
+        cells = [cell.replace("± ", "±") for row in (headers, *rows) for cell in row]
+        assert {word for cell in cells for word in cell.split()} <= words
+    assert ("continued" in text) == (width < 80)
 
 
 def test_means_deviations_and_paired_differences(setting):
