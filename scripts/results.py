@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,7 @@ def gates() -> str:
         kind += ", unweighted" if row.get("unweighted") else ""
         kind += f", after {row['prefix']} tokens of a novel" if row.get("prefix") else ""
         is_gated = row["kind"] != "none"
-        cells = [f"{known:.2f} / {loss:.4f}" for known, loss in row["matrix"][-1]]
+        cells = _shares_and_losses(row["matrix"][-1])
         rows.append(
             (kind, row["score"] if is_gated else "", f"{row['lr']:g}", row["samples"] if is_gated else "", *cells)
         )
@@ -159,6 +160,10 @@ def _lines(name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (RAW / f"{name}.jsonl").read_text().splitlines()]
 
 
+def _shares_and_losses(found: Iterable[tuple[float, float]]) -> list[str]:
+    return [f"{known:.2f} / {loss:.4f}" for known, loss in found]
+
+
 def _numbers(row: dict[str, Any]) -> list[str]:
     return [_cell(row[key]) for key in (*METRICS, "old_loss", "general_forgetting")]
 
@@ -167,7 +172,7 @@ def pairs() -> str:
     """Rows of `benchmarks/pairs.py`."""
     rows: list[Row] = []
     for row in _lines("pairs"):
-        cells = [f"{known:.2f} / {loss:.4f}" for known, loss in (row["welsh"], row["finnish"])]
+        cells = _shares_and_losses((row["welsh"], row["finnish"]))
         rows.append((row["kind"], row["objective"], f"{row['plasticity']:g}", *cells))
     return _table(("what is held", "gradient of", "plasticity", "Welsh", "Finnish"), rows)
 
