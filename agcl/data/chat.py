@@ -6,7 +6,7 @@ from transformers import PreTrainedTokenizerBase
 
 from agcl.errors import AgclError
 
-_ANSWER = "answer"  # stands for an answer, to see what the template puts around it
+_ANSWER = "the answer 5d0c"  # what no template says by itself, to see what it puts around an answer
 
 
 class ChatTurns:
@@ -17,11 +17,6 @@ class ChatTurns:
     Args:
         tokenizer: With a chat template, which knows its special tokens.
         system_prompt: The turn before the user's; the template's own, if it has one, where left out.
-
-    Attributes:
-        before_answer: What the template writes between the beginning of the assistant's turn and the answer, often
-            nothing.
-        after_answer: What closes the answer, without white space at its end.
 
     Raises:
         AgclError: If there is no template, it refuses a system prompt, or writes a turn otherwise than it begins it.
@@ -35,23 +30,26 @@ class ChatTurns:
             )
         self._tokenizer = tokenizer
         self._first = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
-        beginning = self.prompt("question")
+        beginning = self._rendered("question", add_generation_prompt=True)
         whole = self._rendered("question", [{"role": "assistant", "content": _ANSWER}])
-        self.before_answer, answer, after = whole[len(beginning) :].partition(_ANSWER)
+        before, answer, after = whole[len(beginning) :].partition(_ANSWER)
         if not whole.startswith(beginning) or not answer:
             raise AgclError(
                 "The chat template of the model's tokenizer writes an answered question otherwise than one that is to "
                 "be answered: leave `chat_template` out, and write the turns into the tasks' `prompt` and `answer`."
             )
-        self.after_answer = after.rstrip()
+        # What a template writes before every answer, the end of a thought that was not thought, is no part of it; a
+        # space is, since tokens begin with one.
+        self._end_of_prompt, self._space = (before, "") if before.strip() else ("", before)
+        self._after = after.rstrip()
 
     def prompt(self, text: str) -> str:
-        """The user's turn, and the beginning of the assistant's."""
-        return self._rendered(text, add_generation_prompt=True)
+        """The user's turn, and the assistant's up to the answer."""
+        return self._rendered(text, add_generation_prompt=True) + self._end_of_prompt
 
     def answer(self, text: str) -> str:
-        """The rest of the assistant's turn; white space around an answer is left out."""
-        return f"{self.before_answer}{text.strip()}{self.after_answer}"
+        """The answer and what closes the assistant's turn; white space around an answer is left out."""
+        return f"{self._space}{text.strip()}{self._after}"
 
     def _rendered(self, text: str, turns: list[dict[str, str]] | None = None, **options: Any) -> str:
         turns = [*self._first, {"role": "user", "content": text}, *(turns or [])]

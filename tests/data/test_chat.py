@@ -12,7 +12,8 @@ CHATML = (
     TURNS + "<s>{{ turn.role[0] }} {{ turn.content }}<eos> {% endfor %}" + ASKED + "<s>a {% endif %}"
 )  # the end of a turn is the end of the sequence, and white space follows
 OTHER_END = TURNS + "<s>{{ turn.role[0] }} {{ turn.content | trim }}<e> {% endfor %}" + ASKED + "<s>a {% endif %}"
-SPACE_AFTER = TURNS + "<s>{{ turn.content }}{% if turn.role == 'assistant' %}<eos>{% endif %}{% endfor %}"
+NO_BEGINNING = TURNS + "<s>{{ turn.content }}{% if turn.role == 'assistant' %}<eos>{% endif %}{% endfor %}"
+SPACE = NO_BEGINNING.replace("<s>{{", "{% if turn.role == 'user' %}<s>{% else %} {% endif %}{{")
 THINKING = (
     TURNS + "<s>{{ turn.role[0] }} {% if loop.last and turn.role == 'assistant' %}<t>{% endif %}{{ turn.content }}<eos>"
     "{% endfor %}" + ASKED + "<s>a {% if enable_thinking is defined and not enable_thinking %}<t>{% endif %}{% endif %}"
@@ -47,9 +48,10 @@ def encoded(tmp_path, template, system_prompt=None):
     [
         (CHATML, "<s>u ab?<eos> <s>a ", "c<eos>"),
         (OTHER_END, "<s>u ab?<e> <s>a ", "c<e><eos>"),
-        (SPACE_AFTER, "<s>ab?", "<s>c<eos>"),
+        (NO_BEGINNING, "<s>ab?<s>", "c<eos>"),
+        (SPACE, "<s>ab?", " c<eos>"),
         (THINKING, "<s>u ab?<eos><s>a <t>", "c<eos>"),
-        (THINKING_IN_ANSWERS, "<s>u ab?<eos><s>a ", "<t>c<eos>"),
+        (THINKING_IN_ANSWERS, "<s>u ab?<eos><s>a <t>", "c<eos>"),
     ],
 )
 def test_prompt_and_answer_become_turns_and_the_answer_is_closed_once(tmp_path, template, prompt, answer):
