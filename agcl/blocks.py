@@ -4,7 +4,8 @@ import re
 from collections.abc import Mapping
 
 _GENERIC_PARTS = {"model", "transformer", "base_model", "base_layer", "modules_to_save", "weight", "bias", "default"}
-_AMBIGUOUS_KINDS = {"c_proj", "lora_A", "lora_B"}  # in one layer they occur in several modules
+_ADAPTER_PARTS = {"lora_A", "lora_B"}
+_AMBIGUOUS_KINDS = {"c_proj", *_ADAPTER_PARTS}  # in one layer they occur in several modules
 
 
 def block_number(parameter_name: str) -> int | None:
@@ -35,8 +36,13 @@ def kind_of(parameter_name: str) -> str:
     Example:
         >>> kind_of("model.layers.7.mlp.up_proj.weight"), kind_of("transformer.h.0.attn.c_attn.bias")
         ('up_proj', 'c_attn')
+        >>> kind_of("base_model.model.layers.0.mlp.up_proj.lora_A.learning.weight")
+        'up_proj.lora_A'
     """
     parts = [part for part in parameter_name.split(".") if part not in _GENERIC_PARTS]
+    for index, part in enumerate(parts):
+        if part in _ADAPTER_PARTS:
+            parts = parts[: index + 1]  # what follows is the name of an adapter
     if len(parts) > 1 and parts[-1] in _AMBIGUOUS_KINDS:
         return ".".join(parts[-2:])
     return parts[-1] if parts else parameter_name

@@ -47,6 +47,11 @@ def concept1k() -> str:
     return _comparison(RAW / "compare_concept1k_reduced")
 
 
+def classification_bare() -> str:
+    """Those of the classification sequence without instructions."""
+    return _comparison(RAW / "compare_classification_bare")
+
+
 def classification() -> str:
     """Trials of the reduced classification sequence, the best of each method first."""
     found = []

@@ -32,6 +32,7 @@ from agcl.plots import (
         ("transformer.h.0.mlp.c_proj.weight", "layer 00", "mlp.c_proj"),
         ("base_model.model.model.layers.0.mlp.up_proj.base_layer.weight", "layer 00", "up_proj"),
         ("base_model.model.model.layers.0.mlp.up_proj.lora_A.default.weight", "layer 00", "up_proj.lora_A"),
+        ("base_model.model.model.layers.0.mlp.up_proj.lora_B.learning.weight", "layer 00", "up_proj.lora_B"),
     ],
 )
 def test_names_are_parsed(name, layer, kind):

@@ -24,6 +24,7 @@ _THEME: dict[Any, Any] = {
 LINE_COLOURS = ("#2b7fd4", "#d5651d", "#12936a", "#c25aa0", "#8a7a12", "#7a6ad8", "#d24a4a", "#0f93a8", "#7c828a")
 """Their contrast is at least 3 : 1 on the page's light and on its dark ground."""
 _STYLES = ("-", "--", ":", "-.")
+_FEW = 20  # points of a line that are drawn as such: of a single one there is no line
 _NARROWEST = 0.7  # of a figure's own width: on a narrow screen it is scrolled rather than made smaller than that
 
 
@@ -81,7 +82,7 @@ def plot_lines(
         xlabel: Over what.
         xticks: Names of the positions 0, 1, ...; numbers if empty.
         marked: Name to the position of a point that is drawn larger.
-        log: Whether the vertical axis is logarithmic.
+        log: Whether the vertical axis is logarithmic, where the points span a power of ten.
     """
     longest = max(map(len, lines), default=0)
     figure = Figure(figsize=(5.6 + 0.06 * longest, 2.9 + 0.04 * max(map(len, xticks), default=0)), layout="constrained")
@@ -89,12 +90,13 @@ def plot_lines(
     looks = cycle((colour, style) for style in _STYLES for colour in LINE_COLOURS)
     for (name, points), (colour, style) in zip(lines.items(), looks, strict=False):
         known = [(x, y) for x, y in points if not math.isnan(y)]
-        marker = "." if xticks else ""
+        marker = "." if xticks or len(known) < _FEW else ""
         ax.plot(*zip(*known, strict=True), style, marker=marker, color=colour, label=name, linewidth=1.4)
         for x, y in known:
             if marked and marked.get(name) == x:
                 ax.plot([x], [y], "o", color=colour, markersize=7)
-    if log:
+    values = [y for points in lines.values() for _, y in points if y > 0]
+    if log and max(values, default=0.0) > 10 * min(values, default=0.0):
         ax.set_yscale("log")
     if xticks:
         ax.set_xticks(range(len(xticks)), xticks, rotation=30, ha="right", rotation_mode="anchor")

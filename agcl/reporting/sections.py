@@ -85,9 +85,10 @@ def importance(record: RunRecord, with_importance: bool) -> dict[str, Any]:
         with_importance: Whether to read the files through.
 
     Returns:
-        ``summary``; ``overview``, ``overlap`` (SVG or None); ``maps`` (task and SVG).
+        ``summary``; ``overview``, ``overlap`` (SVG or None); ``no_overlap`` (why not); ``maps`` (task and SVG).
     """
     found: dict[str, Any] = {"summary": None, "overview": None, "maps": [], "overlap": None}
+    found["no_overlap"] = "There is one importance file: nothing to compare it with."
     if not record.importance:
         return found
     if not with_importance:
@@ -105,7 +106,7 @@ def importance(record: RunRecord, with_importance: bool) -> dict[str, Any]:
         ([[by_kind[task].get(kind, math.nan) for task in tasks] for kind in kinds], kinds, tasks),
     ]
     label, title = (
-        "mean importance (0: free, 1: frozen)",
+        "mean importance\n(0: free, 1: frozen)",
         "Mean importance of each task by layer, and by kind of module",
     )
     found["overview"] = draw("importance", title, lambda: plot_heat(grids, label, _largest(grids)))
@@ -116,7 +117,7 @@ def importance(record: RunRecord, with_importance: bool) -> dict[str, Any]:
         figure = draw(f"importance-{index}", title, lambda g=grid: plot_heat(g, label, _largest(g)))  # type: ignore[misc]
         found["maps"].append((task, figure))
     if len(tasks) > 1 and num_pairs(record.importance[tasks[0]]):
-        record.missing.append("Overlap of the tasks' importance: each task had a LoRA pair of its own.")
+        found["no_overlap"] = "Each task had a LoRA pair of its own: no two share weights."
     elif len(tasks) > 1:
         overlaps = importance_overlaps(record.importance, _TOP_SHARE)
         title = "Overlap of the tasks' importance: cosine similarity, and intersection over union of the top weights"
@@ -154,7 +155,7 @@ def plasticity(record: RunRecord, summary: ImportanceSummary | None, with_import
     figure = draw(
         "plasticity",
         "Mean plasticity left in each layer after each task",
-        lambda: plot_heat(grid, "mean plasticity (0: frozen, 1: free)", 1.0),
+        lambda: plot_heat(grid, "mean plasticity\n(0: frozen, 1: free)", 1.0),
     )
     return {"figure": figure, "source": source, "lowest": min(min(m.values()) for m in values.values())}
 

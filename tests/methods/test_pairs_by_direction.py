@@ -138,7 +138,7 @@ def test_a_report_does_not_compare_the_importance_of_different_pairs(llama_folde
     trainer_for(data, tmp_path, [by_direction(), ContinualReport()]).fit(model, datamodule=data)
     main(["report", str(tmp_path)])
     page = (tmp_path / "report.html").read_text()
-    assert "each task had a LoRA pair of its own" in page
+    assert "Each task had a LoRA pair of its own" in page
     assert "Overlap of the tasks&#39; importance: cosine" not in page
     assert "Mean importance of each task" in page
 
