@@ -4,8 +4,6 @@ import re
 from collections.abc import Mapping
 
 _GENERIC_PARTS = {"model", "transformer", "base_model", "base_layer", "modules_to_save", "weight", "bias", "default"}
-_ADAPTER_PARTS = {"lora_A", "lora_B"}
-_AMBIGUOUS_KINDS = {"c_proj", *_ADAPTER_PARTS}  # in one layer they occur in several modules
 
 
 def block_number(parameter_name: str) -> int | None:
@@ -39,13 +37,21 @@ def kind_of(parameter_name: str) -> str:
         >>> kind_of("base_model.model.layers.0.mlp.up_proj.lora_A.learning.weight")
         'up_proj.lora_A'
     """
-    parts = [part for part in parameter_name.split(".") if part not in _GENERIC_PARTS]
+    parts = parameter_name.split(".")
     for index, part in enumerate(parts):
-        if part in _ADAPTER_PARTS:
+        if part.startswith("lora_") or part == "modules_to_save":
             parts = parts[: index + 1]  # what follows is the name of an adapter
-    if len(parts) > 1 and parts[-1] in _AMBIGUOUS_KINDS:
-        return ".".join(parts[-2:])
-    return parts[-1] if parts else parameter_name
+            break
+    parts = [part for part in parts if part not in _GENERIC_PARTS]
+    telling = 1
+    while telling < len(parts) and _occurs_in_several_modules(parts[-telling]):
+        telling += 1
+    return ".".join(parts[-telling:]) if parts else parameter_name
+
+
+def _occurs_in_several_modules(part: str) -> bool:
+    """Whether, in one layer, several modules have a part of this name."""
+    return part.startswith("lora_") or part == "c_proj"
 
 
 def layer_order(layer: str) -> tuple[bool, int, str]:

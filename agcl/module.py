@@ -302,6 +302,7 @@ class ContinualLM(LightningModule):
                 self._data.label_candidates(index),
                 self._data.max_answer_tokens(evaluation),
                 0 if probe else self.num_answers,
+                self._data.end_token_id,
             ).to(self.device)
             for evaluation, (index, probe) in enumerate(self._data.evaluations)
         ]

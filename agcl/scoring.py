@@ -105,6 +105,7 @@ def generate_answers(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     wanted: Sequence[str] | None = None,
+    end_token_id: int | None = None,
 ) -> list[str]:
     """Greedy answers to prompts, special tokens and surrounding white space removed.
 
@@ -115,17 +116,18 @@ def generate_answers(
         max_new_tokens: Length limit of an answer.
         wanted: The right answers: a row that has left its own is not finished, which saves most of the time where much
             is wrong. What is generated for it is its beginning, and certainly not the wanted answer.
+        end_token_id: A token that ends an answer beside the tokenizer's end of sequence.
 
     Returns:
         One text for each prompt.
     """
     context, is_sharded = _context(model), has_shards(model)
     if not _any_process(max(map(len, prompts)) + max_new_tokens > context, model, is_sharded):
-        return _generate(model, tokenizer, prompts, max_new_tokens, wanted)
+        return _generate(model, tokenizer, prompts, max_new_tokens, wanted, end_token_id)
     # Beside a long prompt a short one could not be given the room for its own answer.
     answers = [None] * len(prompts) if wanted is None else [[answer] for answer in wanted]
     return [
-        _generate(model, tokenizer, [prompt], int(min(max_new_tokens, context - len(prompt))), answer)[0]
+        _generate(model, tokenizer, [prompt], int(min(max_new_tokens, context - len(prompt))), answer, end_token_id)[0]
         for prompt, answer in zip(prompts, answers, strict=True)
     ]
 
@@ -136,6 +138,7 @@ def _generate(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     wanted: Sequence[str] | None,
+    end_token_id: int | None,
 ) -> list[str]:
     """As `generate_answers`, of prompts that leave room for so many tokens."""
     rows = [{"input_ids": ids, "labels": ids, "label": -1, "answer": ""} for ids in prompts]
@@ -147,7 +150,7 @@ def _generate(
     output = model.generate(
         input_ids=input_ids,
         attention_mask=batch["attention_mask"].to(model.device),
-        generation_config=plain_generation(tokenizer, max_new_tokens=max_new_tokens, do_sample=False),
+        generation_config=plain_generation(tokenizer, end_token_id, max_new_tokens=max_new_tokens, do_sample=False),
         stopping_criteria=criteria,
         synced_gpus=has_shards(model),  # processes need each other for every token
     )
@@ -155,13 +158,16 @@ def _generate(
     return [text.strip() for text in texts]
 
 
-def plain_generation(tokenizer: PreTrainedTokenizerBase, **settings: Any) -> GenerationConfig:
+def plain_generation(
+    tokenizer: PreTrainedTokenizerBase, end_token_id: int | None = None, **settings: Any
+) -> GenerationConfig:
     """Settings for ``generate``; what was left out of them would come from the model's own."""
+    ends = dict.fromkeys((tokenizer.eos_token_id, end_token_id))
     return GenerationConfig(
         num_beams=1,
         repetition_penalty=1.0,
         no_repeat_ngram_size=0,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=[token for token in ends if token is not None],
         pad_token_id=tokenizer.pad_token_id,
         **settings,
     )
@@ -215,14 +221,21 @@ class TaskScorer(nn.Module):
         candidates: Token ids of ``task.labels`` as answers (empty where there are none).
         max_new_tokens: Length limit of generated answers, unless the task sets a lower one.
         num_answers: Of the first so many rows (on each rank), ``answers`` keeps what was answered.
+        end_token_id: A token that ends an answer beside the tokenizer's end of sequence.
     """
 
     def __init__(
-        self, task: Task, candidates: Sequence[Sequence[int]], max_new_tokens: int, num_answers: int = 0
+        self,
+        task: Task,
+        candidates: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        num_answers: int = 0,
+        end_token_id: int | None = None,
     ) -> None:
         super().__init__()
         self.task = task
         self.num_answers = num_answers
+        self.end_token_id = end_token_id
         self.answers: list[Answer] = []
         self.candidates = candidates
         self.max_new_tokens = min(max_new_tokens, task.max_new_tokens or max_new_tokens)
@@ -248,7 +261,7 @@ class TaskScorer(nn.Module):
             answers = [labels[index] for index in ranked.tolist()]
             scores = (ranked == batch["label"]).float().tolist()
         elif self.task.metric == "label_accuracy":
-            answers = generate_answers(model, tokenizer, prompts, self.max_new_tokens)
+            answers = self._generate(model, tokenizer, prompts)
             labels = self._label_answers()
             given = [labels.index(answer) if answer in labels else len(labels) for answer in answers]
             self._enter(torch.tensor(given, device=targets.device)[batch["counts"]], batch["label"][batch["counts"]])
@@ -260,6 +273,15 @@ class TaskScorer(nn.Module):
         self._keep(
             tokenizer, *([row[index] for index in counted] for row in (prompts, batch["answer"], answers, scores))
         )
+
+    def _generate(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Sequence[Sequence[int]],
+        wanted: Sequence[str] | None = None,
+    ) -> list[str]:
+        return generate_answers(model, tokenizer, prompts, self.max_new_tokens, wanted, self.end_token_id)
 
     def _enter(self, *values: Tensor) -> None:
         if values[0].numel():  # a process may have nothing but rows that do not count
@@ -293,7 +315,7 @@ class TaskScorer(nn.Module):
         decisive = {"exact_match": right, "first_character": [answer[:1] for answer in right]}.get(metric)
         if self.task.substitutions:  # which may yet make two texts equal
             decisive = None
-        answers = generate_answers(model, tokenizer, prompts, self.max_new_tokens, decisive)
+        answers = self._generate(model, tokenizer, prompts, decisive)
         pairs = [
             (self.task.compared(answer), self.task.compared(wanted))
             for answer, wanted in zip(answers, right, strict=True)

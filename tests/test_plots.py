@@ -33,6 +33,9 @@ from agcl.plots import (
         ("base_model.model.model.layers.0.mlp.up_proj.base_layer.weight", "layer 00", "up_proj"),
         ("base_model.model.model.layers.0.mlp.up_proj.lora_A.default.weight", "layer 00", "up_proj.lora_A"),
         ("base_model.model.model.layers.0.mlp.up_proj.lora_B.learning.weight", "layer 00", "up_proj.lora_B"),
+        ("base_model.model.transformer.h.0.mlp.c_proj.lora_A.task1.weight", "layer 00", "mlp.c_proj.lora_A"),
+        ("base_model.model.layers.3.mlp.up.lora_magnitude_vector.t.weight", "layer 03", "up.lora_magnitude_vector"),
+        ("base_model.model.lm_head.modules_to_save.learning.weight", "lm_head", "lm_head"),
     ],
 )
 def test_names_are_parsed(name, layer, kind):

@@ -61,6 +61,15 @@ def test_generation_equals_step_by_step_argmax(model):
     assert generate_answers(model, character_tokenizer(), prompts, max_new_tokens=5) == expected
 
 
+def test_an_answer_ends_at_the_token_given_too(model):
+    tokenizer = character_tokenizer()
+    (free,) = generate_answers(model, tokenizer, [[5, 6]], max_new_tokens=6)
+    end = tokenizer.convert_tokens_to_ids(free[2])
+    (ended,) = generate_answers(model, tokenizer, [[5, 6]], max_new_tokens=6, end_token_id=end)
+    assert len(free) > 3
+    assert ended == free[: free.index(free[2]) + 1]
+
+
 def test_rows_that_left_their_answer_are_not_finished(model):
     prompts = [row(p, "")["input_ids"][:-1] for p in ("cat?", "a longer prompt?", "owl?")]
     free = generate_answers(model, character_tokenizer(), prompts, max_new_tokens=6)

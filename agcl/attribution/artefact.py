@@ -106,6 +106,7 @@ class ImportanceFile(LazyImportance):
         self.path = Path(str(path).removesuffix(INDEX_SUFFIX))
         self.device = torch.device(device)
         self._handles: dict[str, Any] = {}  # of each parameter's file
+        self._homes: dict[str, Path] = {}
         self._checksums: dict[str, str] = {}
         is_sharded = not self.path.exists() and storage.index_of(self.path).exists()
         self.metadata, self.files = self._open_shards() if is_sharded else self._open_single()
@@ -122,6 +123,7 @@ class ImportanceFile(LazyImportance):
             whole = self.path.with_name(storage.name_of_whole(self.path.name))
             raise AgclError(f"{self.path} is shard {metadata['shard']} of an importance file; name {whole} instead.")
         self._handles = dict.fromkeys(handle.keys(), handle)
+        self._homes = dict.fromkeys(handle.keys(), self.path)
         return metadata, [self.path]
 
     def _open_shards(self) -> tuple[dict[str, str], list[Path]]:
@@ -132,12 +134,13 @@ class ImportanceFile(LazyImportance):
             self._checksums.update(checksums)
             storage.check_shard(file, header, set(handle.keys()), metadata, set(listed))
             self._handles.update(dict.fromkeys(listed, handle))
+            self._homes.update(dict.fromkeys(listed, file))
         return metadata, list(files)
 
     def __getitem__(self, name: str) -> Tensor:
         # The handle's tensor is a view of the mapped file, and the same one for all who ask.
         levels = self._handles[name].get_tensor(name)
-        storage.check_bytes(self.path, name, levels, self._checksums)
+        storage.check_bytes(self._homes[name], name, levels, self._checksums)
         return levels.to(self.device, copy=True)
 
     def __repr__(self) -> str:

@@ -209,6 +209,8 @@ def open_safetensors(path: Path) -> tuple[Any, dict[str, str], dict[str, str]]:
         checksums = dict(json.loads(metadata.pop(_CHECKSUMS, "{}")))
     except (ValueError, TypeError) as error:
         raise AgclError(f"{path} has unreadable checksums ({_one_line(error)}); {_AGAIN}.") from error
+    if checksums and checksums.keys() != set(handle.keys()):
+        raise AgclError(f"{path} has other tensors than checksums, so it is damaged; {_AGAIN}.")
     return handle, metadata, checksums
 
 

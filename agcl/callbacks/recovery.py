@@ -167,7 +167,8 @@ def _batches(pl_module: Any, rows: Dataset, size: int | None = None) -> list[dic
 def _score(trainer: Trainer, pl_module: Any, index: int, rows: Dataset) -> float:
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
     limit = data.max_answer_tokens(data.evaluations.index((index, None)))
-    scorer = TaskScorer(pl_module.tasks[index], data.label_candidates(index), limit).to(pl_module.device)
+    task, labels = pl_module.tasks[index], data.label_candidates(index)
+    scorer = TaskScorer(task, labels, limit, end_token_id=data.end_token_id).to(pl_module.device)
     for batch in _batches(pl_module, rows):
         scorer.update(pl_module.model, pl_module.tokenizer, batch)
     return float(scorer.compute()["score"])

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich import box
+from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
@@ -88,8 +89,11 @@ def _fitting(columns: list[list[str]], width: int) -> list[list[list[str]]]:
 def _widths(group: list[list[str]], width: int) -> list[int]:
     """Each column's: its longest word; what is left of the terminal goes to those first that want the least more."""
     widths = [_longest_word(cells) for cells in group]
-    wanted = [max(map(len, cells)) - least for cells, least in zip(group, widths, strict=True)]
-    room = max(width - sum(widths) - _BETWEEN * len(widths), 0)
+    wanted = [max(map(cell_len, cells)) - least for cells, least in zip(group, widths, strict=True)]
+    room = width - sum(widths) - _BETWEEN * len(widths)
+    if room < 0:  # a word of one column alone does not fit
+        widest = max(range(len(widths)), key=widths.__getitem__)
+        widths[widest], room = max(widths[widest] + room, 1), 0
     for index in sorted(range(len(group)), key=wanted.__getitem__):
         more = min(room, wanted[index])
         widths[index] += more
@@ -98,7 +102,7 @@ def _widths(group: list[list[str]], width: int) -> list[int]:
 
 
 def _longest_word(cells: Sequence[str]) -> int:
-    return max(len(word) for cell in cells for word in cell.split() or [""])
+    return max(cell_len(word) for cell in cells for word in cell.split() or [""])
 
 
 def markdown(record: Record) -> str:

@@ -10,13 +10,17 @@ _ANSWER = "the answer 5d0c"  # what no template says by itself, to see what it p
 
 
 class ChatTurns:
-    """The text around a prompt and around its answer in the chat template of a tokenizer.
+    """Prompts and answers in token ids, as the chat template of a tokenizer writes them.
 
-    A template that can ask for reasoning is told not to (``enable_thinking=False``).
+    A template that can be told not to ask for reasoning is told so (``enable_thinking=False``).
 
     Args:
         tokenizer: With a chat template, which knows its special tokens.
         system_prompt: The turn before the user's; the template's own, if it has one, where left out.
+
+    Attributes:
+        end_token_id: What closes an answer: the template's own token, if it is a single special one, else the
+            tokenizer's end of sequence.
 
     Raises:
         AgclError: If there is no template, it refuses a system prompt, or writes a turn otherwise than it begins it.
@@ -34,22 +38,35 @@ class ChatTurns:
         whole = self._rendered("question", [{"role": "assistant", "content": _ANSWER}])
         before, answer, after = whole[len(beginning) :].partition(_ANSWER)
         if not whole.startswith(beginning) or not answer:
+            own = "" if system_prompt is None else "`system_prompt` or "
             raise AgclError(
                 "The chat template of the model's tokenizer writes an answered question otherwise than one that is to "
-                "be answered: leave `chat_template` out, and write the turns into the tasks' `prompt` and `answer`."
+                f"be answered: leave {own}`chat_template` out, and write the turns into the tasks' `prompt` and "
+                "`answer`."
             )
         # What a template writes before every answer, the end of a thought that was not thought, is no part of it; a
         # space is, since tokens begin with one.
         self._end_of_prompt, self._space = (before, "") if before.strip() else ("", before)
-        self._after = after.rstrip()
+        self._before_answer = beginning + self._end_of_prompt
+        self._before_ids = self._ids(self._before_answer)
+        closing = self._ids(after.strip())
+        is_token = len(closing) == 1 and closing[0] in tokenizer.all_special_ids
+        self.end_token_id = int(closing[0] if is_token else tokenizer.eos_token_id)
 
-    def prompt(self, text: str) -> str:
+    def encode_prompt(self, text: str) -> list[int]:
         """The user's turn, and the assistant's up to the answer."""
-        return self._rendered(text, add_generation_prompt=True) + self._end_of_prompt
+        return self._ids(self._rendered(text, add_generation_prompt=True) + self._end_of_prompt)
 
-    def answer(self, text: str) -> str:
-        """The answer and what closes the assistant's turn; white space around an answer is left out."""
-        return f"{self._space}{text.strip()}{self._after}"
+    def encode_answer(self, text: str) -> list[int]:
+        """An answer, without white space around it, and its end."""
+        answer = self._space + text.strip()
+        # Some tokenizers begin a text with a space of their own: what precedes an answer is the same in all rows.
+        whole, length = self._ids(self._before_answer + answer), len(self._before_ids)
+        ids = whole[length:] if whole[:length] == self._before_ids else self._ids(answer)
+        return [*ids, self.end_token_id]
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _rendered(self, text: str, turns: list[dict[str, str]] | None = None, **options: Any) -> str:
         turns = [*self._first, {"role": "user", "content": text}, *(turns or [])]

@@ -138,6 +138,8 @@ class ContinualDataModule(LightningDataModule):
         if self.system_prompt is not None and not self.chat_template:
             yield "`system_prompt` is a turn of a chat: set `chat_template: true`, or leave it out."
         for task in self.tasks:
+            if self.chat_template and task.metric == "sari":
+                yield f"Task `{task.name}`: `sari` compares with the prompt alone, so it cannot have `chat_template`."
             try:
                 next(task.evaluations(self.evaluate_on))
             except AgclError as error:  # there is no such split
@@ -231,6 +233,11 @@ class ContinualDataModule(LightningDataModule):
     def evaluations(self) -> Sequence[tuple[int, str | None]]:
         """What each validation data loader holds: task index, and the probe's name (``None``: the task's own rows)."""
         return [(index, name) for index, name, _ in self._evaluations]
+
+    @property
+    def end_token_id(self) -> int:
+        """The token that closes every answer."""
+        return self.encoder.end_token_id
 
     def max_answer_tokens(self, evaluation: int) -> int:
         """Length of the longest answer of an evaluation set, end-of-sequence token included."""

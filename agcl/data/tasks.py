@@ -45,8 +45,8 @@ class Task:
             looked for in the data module's ``data_dir``), a mapping of split names to such files, or a data set's name
             on the hub.
         prompt: Template of the prompt; ``{column}`` is replaced by the row's value.
-        answer: Template of the answer. It is joined to the prompt as it stands, so it usually starts with a space; the
-            tokenizer's end-of-sequence token is added.
+        answer: Template of the answer. It is joined to the prompt as it stands, so it usually starts with a space (in
+            a chat it makes no difference); the tokenizer's end-of-sequence token is added.
         subset: The hub data set's configuration, if it has several.
         where: Take only rows that hold these values, by column (``{task: 3}``; of a list, any). Splits are sliced after
             that: ``train[:64]`` are the first 64 of these rows.
@@ -199,11 +199,11 @@ class AnswerEncoder:
     Prompt and answer are tokenised apart, so the boundary between them never falls inside a token.
 
     Args:
-        tokenizer: Adds its beginning-of-sequence token to the prompt where it has that habit.
+        tokenizer: Adds its beginning-of-sequence token to the prompt where it has that habit; a chat's template does.
         max_length: Longest allowed row in tokens.
         truncation: What happens to a longer one: ``error``, or ``left``: the prompt loses its beginning.
         vocab_size: Number of tokens that the model knows, if it may be fewer than the tokenizer has.
-        chat: Writes prompt and answer as turns of a chat, with the special tokens of the tokenizer's template.
+        chat: Writes prompt and answer as turns of a chat, in the place of all that.
     """
 
     def __init__(
@@ -222,17 +222,20 @@ class AnswerEncoder:
         # No token stands for more characters than its own spelling has.
         self._max_characters = max_length * max(map(len, tokenizer.get_vocab()), default=1)
 
+    @property
+    def end_token_id(self) -> int:
+        """The token that closes every answer: the end of sequence, or of a chat's turn."""
+        return int(self.tokenizer.eos_token_id) if self.chat is None else self.chat.end_token_id
+
     def encode_answer(self, text: str) -> list[int]:
-        """Token ids of an answer, closed by the end-of-sequence token, after what else closes a turn."""
-        text = text if self.chat is None else self.chat.answer(text)
-        ids, end = self.tokenizer(text, add_special_tokens=False)["input_ids"], self.tokenizer.eos_token_id
-        return ids if self.chat is not None and ids[-1] == end else [*ids, end]
+        """Token ids of an answer, closed by :attr:`end_token_id`."""
+        if self.chat is not None:
+            return self.chat.encode_answer(text)
+        return [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.end_token_id]
 
     def encode_prompt(self, text: str) -> list[int]:
         """Token ids of a prompt."""
-        if self.chat is None:
-            return list(self.tokenizer(text)["input_ids"])
-        return list(self.tokenizer(self.chat.prompt(text), add_special_tokens=False)["input_ids"])
+        return list(self.tokenizer(text)["input_ids"]) if self.chat is None else self.chat.encode_prompt(text)
 
     def encode_rows(self, task: Task, split: str, prompt: str) -> Dataset:
         """Load and encode one split.
@@ -297,7 +300,7 @@ class AnswerEncoder:
         text = prompt.format(**row)
         if self.truncation == "error" and len(text) > self._max_characters:  # whose tokens would take minutes to count
             size = f"a prompt of {len(text)} characters, more than {self.max_length} tokens hold"
-            raise _too_long(task, where, size)
+            raise self._too_long(task, where, size)
         tokens = TokenisedRow(self.encode_prompt(text), self.encode_answer(answer), answer, label)
         largest = max([*tokens.prompt_ids, *tokens.answer_ids])
         if self.vocab_size is not None and largest >= self.vocab_size:
@@ -325,7 +328,7 @@ class AnswerEncoder:
         if excess > 0:
             if self.truncation == "error" or excess >= len(prompt_ids):
                 size = f"{len(prompt_ids)} + {len(answer_ids)} tokens (prompt + answer)"
-                raise _too_long(task, where, f"{size}, more than the {self.max_length} allowed")
+                raise self._too_long(task, where, f"{size}, more than the {self.max_length} allowed")
             prompt_ids = prompt_ids[excess:]
         return {
             "input_ids": prompt_ids + answer_ids,
@@ -334,12 +337,10 @@ class AnswerEncoder:
             "label": row.label,
         }
 
-
-def _too_long(task: Task, where: str, size: str) -> AgclError:
-    return AgclError(
-        f"Task `{task.name}`: {where} has {size}. Shorten it, raise `max_length` if the model's context allows, or set "
-        "`truncation: left`."
-    )
+    def _too_long(self, task: Task, where: str, size: str) -> AgclError:
+        remedies = ["shorten it", "raise `max_length` if the model's context allows"]
+        remedies += [] if self.chat is not None else ["set `truncation: left`"]
+        return AgclError(f"Task `{task.name}`: {where} has {size}; {', '.join(remedies[:-1])}, or {remedies[-1]}.")
 
 
 def class_names(rows: Dataset) -> Callable[[Mapping[str, Any]], dict[str, Any]]:

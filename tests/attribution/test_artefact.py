@@ -361,7 +361,7 @@ def test_a_tensor_in_which_a_bit_has_changed_is_refused_when_it_is_read(tmp_path
     file.write_bytes(content)
     names = [name for name in saved if name in safe_open(file, "pt").keys()]  # noqa: SIM118
     opened = open_importance(path)
-    with pytest.raises(AgclError, match=rf"x.*: `{names[-1]}` is damaged, its checksum differs; copy it again"):
+    with pytest.raises(AgclError, match=rf"{file.name}: `{names[-1]}` is damaged, its checksum differs; copy it again"):
         opened[names[-1]]
     for name in set(saved) - {names[-1]}:
         assert torch.equal(opened[name], saved[name])
@@ -374,8 +374,9 @@ def test_files_without_checksums_are_read_and_such_as_cannot_be_are_refused(tmp_
     save_file({"w": torch.ones(2, dtype=torch.uint8)}, path, metadata=HEADER)
     found, metadata = load_importance(path)
     assert (found["w"].tolist(), metadata) == ([1, 1], HEADER)
-    save_file({"w": torch.ones(2, dtype=torch.uint8)}, path, metadata={**HEADER, "crc32": "["})
-    assert_refused(path, "unreadable checksums")
+    for checksums, message in (("[", "unreadable checksums"), ('{"v": "00000000"}', "other tensors than checksums")):
+        save_file({"w": torch.ones(2, dtype=torch.uint8)}, path, metadata={**HEADER, "crc32": checksums})
+        assert_refused(path, message)
 
 
 HEADER = {"format": "agcl-importance", "format_version": "2"}

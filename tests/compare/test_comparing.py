@@ -105,6 +105,16 @@ def test_terminal_tables_fit_and_break_no_word(setting, width):
     assert ("continued" in text) == (width < 80)
 
 
+def test_where_a_word_is_wider_than_the_terminal_no_other_is_broken(setting):
+    record, _, _ = run(setting({"a" * 40: Method(grid={LR: [1.0]})}, reference="a" * 40), best_at_two)
+    console = Console(file=io.StringIO(), width=36)
+    for table in rich_tables(record, 36):
+        console.print(table)
+    text = console.file.getvalue()
+    assert max(map(len, text.splitlines())) <= 36
+    assert {"method", "forgetting", "AP", "chosen"} <= set(text.split())
+
+
 def test_means_deviations_and_paired_differences(setting):
     record, _, _ = run(setting(), best_at_two)
     summary = record["methods"]["plain"]["summary"]

@@ -1,5 +1,6 @@
 import pytest
 from conftest import character_tokenizer, write_rows
+from tokenizers import normalizers
 
 from agcl.data.chat import ChatTurns
 from agcl.data.datamodule import ContinualDataModule
@@ -47,7 +48,8 @@ def encoded(tmp_path, template, system_prompt=None):
     ("template", "prompt", "answer"),
     [
         (CHATML, "<s>u ab?<eos> <s>a ", "c<eos>"),
-        (OTHER_END, "<s>u ab?<e> <s>a ", "c<e><eos>"),
+        (OTHER_END, "<s>u ab?<e> <s>a ", "c<e>"),
+        (OTHER_END.replace("<e>", "ee"), "<s>u ab?ee <s>a ", "c<eos>"),  # no token by which to end
         (NO_BEGINNING, "<s>ab?<s>", "c<eos>"),
         (SPACE, "<s>ab?", " c<eos>"),
         (THINKING, "<s>u ab?<eos><s>a <t>", "c<eos>"),
@@ -56,6 +58,30 @@ def encoded(tmp_path, template, system_prompt=None):
 )
 def test_prompt_and_answer_become_turns_and_the_answer_is_closed_once(tmp_path, template, prompt, answer):
     assert encoded(tmp_path, template) == (prompt, answer)
+
+
+def test_the_answers_tokens_are_those_it_has_in_the_chat(tmp_path):
+    known = tokenizer(CHATML)
+    known.backend_tokenizer.normalizer = normalizers.Prepend(" ")  # to every text, as SentencePiece does
+    chat = ChatTurns(known)
+    assert known.decode(chat.encode_answer(" c")) == "c<eos>"
+    assert known.decode(known("c")["input_ids"]) == " c"
+
+
+def test_a_token_that_is_not_special_would_stay_in_the_answer_and_does_not_end_it():
+    known = tokenizer(OTHER_END)
+    assert ChatTurns(known).end_token_id == known.convert_tokens_to_ids("<e>")
+    plain = character_tokenizer()
+    plain.add_tokens(["<s>", "<e>"])
+    plain.chat_template = OTHER_END
+    assert ChatTurns(plain).end_token_id == plain.eos_token_id
+
+
+def test_too_long_a_chat_is_not_advised_to_be_cut(tmp_path):
+    known = tokenizer(CHATML)
+    task = Task(source=str(write_rows(tmp_path / "a.jsonl", [{"q": "ab" * 9, "a": "c"}])), **TASK)
+    with pytest.raises(AgclError, match=r"shorten it, or raise `max_length` if the model's context allows\.$"):
+        AnswerEncoder(known, 16, chat=ChatTurns(known)).encode_rows(task, "train", task.prompt)
 
 
 def test_system_prompt_comes_first(tmp_path):
@@ -81,8 +107,10 @@ def test_templates_of_no_use_are_refused(template, system_prompt, message):
     [
         ({"chat_template": True, "truncation": "left"}, "would cut the beginning of the chat"),
         ({"system_prompt": "be kind"}, "set `chat_template: true`"),
+        ({"chat_template": True, "metric": "sari"}, "`sari` compares with the prompt alone"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(options, message):
+    metric = options.pop("metric", "exact_match")
     with pytest.raises(AgclError, match=message):
-        ContinualDataModule([Task(source="a.jsonl", **TASK)], **options)
+        ContinualDataModule([Task(source="a.jsonl", metric=metric, **TASK)], **options)
