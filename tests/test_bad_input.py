@@ -211,7 +211,7 @@ FIT: dict[str, tuple[Callable[[Place], Overrides], str]] = {
     ),
     "10 MB line": (
         lambda place: place.source("big.jsonl", ROW.replace("cat", "x" * 10_000_000)),
-        r"row 0 of `train` has a prompt of 10000000 characters, more than 64 tokens hold\. Shorten it",
+        r"row 0 of `train` has a prompt of 10000000 characters, more than 64 tokens hold; shorten it",
     ),
     "NaN label, table": (
         lambda place: place.source("n.csv", "prompt,answer\ncat,1\ndog,\n"),
