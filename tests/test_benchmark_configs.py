@@ -59,7 +59,12 @@ def test_orders_are_of_the_same_tasks(name):
         assert order == [task for task in whole if task != "yahoo"]
 
 
-@pytest.mark.parametrize("name", sorted(DATA))
+IN_SMALL = ("_reduced", "_bare")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n.endswith(IN_SMALL) else pytest.mark.slow) for n in sorted(DATA)]
+)
 def test_data_configurations_learn_rows_of_their_columns(name, roomy_model, tmp_path, monkeypatch):
     config = written(DATA[name])
     write_made_up_rows(tmp_path, config["data"]["tasks"])
