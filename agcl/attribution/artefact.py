@@ -33,7 +33,6 @@ Metadata are strings. `save_importance` adds those down to ``crc32``, whoever co
 from abc import ABC
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -105,43 +104,36 @@ class ImportanceFile(LazyImportance):
     def __init__(self, path: str | Path, device: torch.device | str = "cpu") -> None:
         self.path = Path(str(path).removesuffix(INDEX_SUFFIX))
         self.device = torch.device(device)
-        self._handles: dict[str, Any] = {}  # of each parameter's file
-        self._homes: dict[str, Path] = {}
-        self._checksums: dict[str, str] = {}
+        self._homes: dict[str, storage.OpenedFile] = {}  # each parameter's
         is_sharded = not self.path.exists() and storage.index_of(self.path).exists()
         self.metadata, self.files = self._open_shards() if is_sharded else self._open_single()
-        parts = {name: self._handles[name].get_slice(name) for name in sorted(self._handles)}
+        parts = {name: self._homes[name].handle.get_slice(name) for name in sorted(self._homes)}
         self.shapes = {name: tuple(part.get_shape()) for name, part in parts.items()}
         self.bits = storage.check_dtypes(
             self.path, {name: part.get_dtype() for name, part in parts.items()}, self.metadata
         )
 
     def _open_single(self) -> tuple[dict[str, str], list[Path]]:
-        handle, metadata, self._checksums = storage.open_safetensors(self.path)
-        storage.check_format(self.path, metadata)
-        if "shard" in metadata:
+        file = storage.open_safetensors(self.path)
+        storage.check_format(self.path, file.metadata)
+        if "shard" in file.metadata:
             whole = self.path.with_name(storage.name_of_whole(self.path.name))
-            raise AgclError(f"{self.path} is shard {metadata['shard']} of an importance file; name {whole} instead.")
-        self._handles = dict.fromkeys(handle.keys(), handle)
-        self._homes = dict.fromkeys(handle.keys(), self.path)
-        return metadata, [self.path]
+            shard = file.metadata["shard"]
+            raise AgclError(f"{self.path} is shard {shard} of an importance file; name {whole} instead.")
+        self._homes = dict.fromkeys(file.handle.keys(), file)
+        return file.metadata, [self.path]
 
     def _open_shards(self) -> tuple[dict[str, str], list[Path]]:
         metadata, contents = storage.read_index(self.path)
         files = {self.path.with_name(file): names for file, names in contents.items()}
-        for file, listed in files.items():
-            handle, header, checksums = storage.open_safetensors(file)
-            self._checksums.update(checksums)
-            storage.check_shard(file, header, set(handle.keys()), metadata, set(listed))
-            self._handles.update(dict.fromkeys(listed, handle))
+        for path, listed in files.items():
+            file = storage.open_safetensors(path)
+            storage.check_shard(path, file.metadata, set(file.handle.keys()), metadata, set(listed))
             self._homes.update(dict.fromkeys(listed, file))
         return metadata, list(files)
 
     def __getitem__(self, name: str) -> Tensor:
-        # The handle's tensor is a view of the mapped file, and the same one for all who ask.
-        levels = self._handles[name].get_tensor(name)
-        storage.check_bytes(self._homes[name], name, levels, self._checksums)
-        return levels.to(self.device, copy=True)
+        return self._homes[name].read(name).to(self.device, copy=True)
 
     def __repr__(self) -> str:
         return f"ImportanceFile({str(self.path)!r}, {len(self)} tensors of {self.bits} bits)"

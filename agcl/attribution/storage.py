@@ -5,7 +5,7 @@ import re
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -192,8 +192,35 @@ def read_index(path: Path) -> tuple[dict[str, str], dict[str, list[str]]]:
     return metadata, contents
 
 
-def open_safetensors(path: Path) -> tuple[Any, dict[str, str], dict[str, str]]:
-    """Handle, metadata and checksums of a file whose header is whole and covers the file.
+class OpenedFile(NamedTuple):
+    """A safetensors file whose header has been read.
+
+    Attributes:
+        path: Where it is.
+        handle: What reads its tensors.
+        metadata: What it says about itself, without the checksums.
+        checksums: Of each tensor; empty in files of before there were any.
+    """
+
+    path: Path
+    handle: Any
+    metadata: dict[str, str]
+    checksums: dict[str, str]
+
+    def read(self, name: str) -> Tensor:
+        """A tensor, which is a view of the mapped file, and the same one for all who ask.
+
+        Raises:
+            AgclError: If its bytes have another checksum than those that were written.
+        """
+        levels: Tensor = self.handle.get_tensor(name)
+        if self.checksums and self.checksums[name] != f"{zlib.crc32(_bytes_of(levels)):08x}":
+            raise AgclError(f"{self.path}: `{name}` is damaged, its checksum differs; {_AGAIN}.")
+        return levels
+
+
+def open_safetensors(path: Path) -> OpenedFile:
+    """Open a file whose header is whole and covers the file.
 
     Raises:
         AgclError: If it is missing, truncated or something else.
@@ -211,17 +238,7 @@ def open_safetensors(path: Path) -> tuple[Any, dict[str, str], dict[str, str]]:
         raise AgclError(f"{path} has unreadable checksums ({_one_line(error)}); {_AGAIN}.") from error
     if checksums and checksums.keys() != set(handle.keys()):
         raise AgclError(f"{path} has other tensors than checksums, so it is damaged; {_AGAIN}.")
-    return handle, metadata, checksums
-
-
-def check_bytes(path: Path, name: str, levels: Tensor, checksums: Mapping[str, str]) -> None:
-    """Refuse a tensor that is not what was written; of files that have no checksums nothing is known.
-
-    Raises:
-        AgclError: If its bytes have another checksum.
-    """
-    if checksums.get(name) not in (None, f"{zlib.crc32(_bytes_of(levels)):08x}"):
-        raise AgclError(f"{path}: `{name}` is damaged, its checksum differs; {_AGAIN}.")
+    return OpenedFile(path, handle, metadata, checksums)
 
 
 def check_format(path: Path, metadata: Mapping[str, str]) -> None:
