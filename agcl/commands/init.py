@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 # datasets and transformers take seconds to import, which the other commands do without: they are imported where used.
 
-_ROLE_STYLES = {"prompt": "cyan", "answer": "green", "left out": "dim"}
+_ROLE_STYLES = {"prompt": "cyan", "answer": "green", "chat": "green", "left out": "dim"}
 
 
 def init(
@@ -91,7 +91,11 @@ def _show(console: Console, draft: "Draft", title: str) -> None:
             Text(" ".join(column.example.split())),
         )
     console.print(table)
-    facts = [("prompt", repr(task.prompt)), ("answer", repr(task.answer)), ("scored by", task.metric)]
+    if task.messages is not None:
+        facts = [("prompt", "the turns of each chat but the last"), ("answer", "its last turn, the assistant's")]
+    else:
+        facts = [("prompt", repr(task.prompt)), ("answer", repr(task.answer))]
+    facts.append(("scored by", task.metric))
     if task.labels is not None:
         shares = [f"{label} ({draft.answer.counts[label]})" for label in task.labels]
         facts.append(("labels", ", ".join(shares)))

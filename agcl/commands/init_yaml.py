@@ -53,7 +53,7 @@ data:
   batch_size: 8
   # max_length: 512  # longest row in tokens; the model's context if left out
   # truncation: left  # cut the beginning of longer prompts, which are refused otherwise
-  # chat_template: true  # for a model that was trained to chat: prompt and answer become the turns of its template
+  {chat_template}  # for a model that was trained to chat: prompt and answer become the turns of its template
   tasks:  # in the order of learning
 """
 
@@ -68,6 +68,7 @@ def configuration_text(drafts: Sequence["Draft"], folder: str, file: str, name: 
         name: The run's name.
         model_name_or_path: The model.
     """
+    has_chats = any(draft.task.messages is not None for draft in drafts)
     head = _HEAD.format(
         folder=_one_line(folder),
         folder_scalar=_scalar(folder),
@@ -75,6 +76,7 @@ def configuration_text(drafts: Sequence["Draft"], folder: str, file: str, name: 
         name=_scalar(name),
         model=_scalar(model_name_or_path),
         version=__version__,
+        chat_template=f"{'' if has_chats else '# '}chat_template: true",
     )
     return head + "".join(_task_text(draft) for draft in drafts)
 
@@ -87,9 +89,14 @@ def _task_text(draft: "Draft") -> str:
         lines.append(f"source: {_scalar(task.source)}")
     else:
         lines += ["source:", *(f"  {split}: {_scalar(file)}" for split, file in task.source.items())]
+    if task.messages is not None:
+        lines.append(f"messages: {_scalar(task.messages)}  # the last turn is the answer, those before it the prompt")
+    else:
+        lines += [
+            f"prompt: {_quoted(task.prompt)}  # {{column}} stands for the row's value",
+            f"answer: {_quoted(task.answer)}  # follows the prompt as it stands, so it begins with a space",
+        ]
     lines += [
-        f"prompt: {_quoted(task.prompt)}  # {{column}} stands for the row's value",
-        f"answer: {_quoted(task.answer)}  # follows the prompt as it stands, so it begins with a space",
         *(["drop_empty: true"] if task.drop_empty else []),
         f"train_split: {_scalar(task.train_split)}",
         f"test_split: {_scalar(task.test_split)}  # for facts to be known by heart, the same as train_split",

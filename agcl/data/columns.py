@@ -8,11 +8,12 @@ from typing import Literal
 
 from datasets import ClassLabel, Dataset, Value
 
+from agcl.data.chat import holds_turns, split_chat
 from agcl.data.sources import is_empty
 from agcl.data.tasks import class_names
 from agcl.errors import AgclError
 
-Role = Literal["prompt", "answer", "left out"]
+Role = Literal["prompt", "answer", "chat", "left out"]
 
 ANSWER_NAMES = (
     *("answer", "answers", "response", "output", "completion", "target", "reply", "solution", "gold", "label_text"),
@@ -38,7 +39,7 @@ class Column:
 
     Attributes:
         name: Its name.
-        num_values: Number of values that are not empty.
+        num_values: Number of values that are not empty. Of a chat, its answer is meant by its value.
         num_empty: Number of those that are.
         counts: Each value, as text, with its number of rows.
         role: What it is taken for.
@@ -70,8 +71,9 @@ class Column:
 
 
 def guess_columns(splits: Mapping[str, Dataset]) -> list[Column]:
-    """Say of each column whether it is part of the prompt, the answer, or left out.
+    """Say of each column whether it is part of the prompt, the answer, a chat that holds both, or left out.
 
+    The first column of chats that end in an answer, if there is one, makes all others needless. Otherwise:
     The answer is the first of ``ANSWER_NAMES`` that is there; else a column of few distinct values; else the last one.
     The prompt are all columns named in ``PROMPT_NAMES``; else the one with the longest text. Identifiers, constants,
     columns that are partly empty (unless there is no other), lists and structures are left out.
@@ -80,12 +82,17 @@ def guess_columns(splits: Mapping[str, Dataset]) -> list[Column]:
         splits: Rows by split, all with the same columns.
 
     Returns:
-        The columns in their order. The first ``answer`` is the only one.
+        The columns in their order. There is a single ``answer``, or a single ``chat``.
 
     Raises:
         AgclError: If there are not two usable columns.
     """
     columns = _measure(splits)
+    features = next(iter(splits.values())).features
+    for column in columns:
+        if holds_turns(features[column.name]) and column.num_values:
+            column.role, column.reason = "chat", "lists of turns"
+            return columns
     usable = [column for column in columns if not _refuse(column)]
     if len(usable) < 2:
         found = ", ".join(f"{column.name} ({column.reason})" for column in columns if column not in usable)
@@ -102,12 +109,13 @@ def _measure(splits: Mapping[str, Dataset]) -> list[Column]:
     columns = []
     first = next(iter(splits.values()))
     for name, feature in first.features.items():
+        is_chat = holds_turns(feature)
         counts: Counter[str] = Counter()
         num_empty = 0
         for rows in splits.values():
             decode = class_names(rows)
             for value in rows[name][:] if name in rows.column_names else ():
-                text = decode({name: value})[name]
+                text = split_chat(value)[1].strip() if is_chat else decode({name: value})[name]
                 if is_empty(text):
                     num_empty += 1
                 else:

@@ -77,7 +77,8 @@ class ContinualDataModule(LightningDataModule):
         trust_remote_code: Run tokenizer code that comes with the checkpoint.
         chat_template: Make each prompt the user's turn and each answer the assistant's, by the chat template of the
             model's tokenizer. White space around an answer is left out.
-        system_prompt: The turn before the user's; without one, the template's own, if it has any.
+        system_prompt: The turn before the user's, in chats that do not begin with one of their own; without it, the
+            template's, if it has any.
 
     Raises:
         AgclError: If the options do not go together; on set-up, if a task's data or the Trainer's settings cannot work.
@@ -138,6 +139,11 @@ class ContinualDataModule(LightningDataModule):
         if self.system_prompt is not None and not self.chat_template:
             yield "`system_prompt` is a turn of a chat: set `chat_template: true`, or leave it out."
         for task in self.tasks:
+            if task.messages is not None and not self.chat_template:
+                yield (
+                    f"Task `{task.name}`: its `messages` are chats, so set `chat_template: true` for the whole `data`, "
+                    "or make them prompts and answers."
+                )
             if self.chat_template and task.metric == "sari":
                 yield f"Task `{task.name}`: `sari` compares with the prompt alone, so it cannot have `chat_template`."
             try:

@@ -1,16 +1,17 @@
 """From the files of a task to a declaration of it that can be trained on, with what is known of its rows."""
 
 import statistics
-from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 
+from agcl.data.chat import split_chat
 from agcl.data.columns import Column, guess_columns
 from agcl.data.folder import TaskFiles
 from agcl.data.sources import load_rows
-from agcl.data.tasks import Task, TaskMetric, template_columns
+from agcl.data.tasks import Task, TaskMetric, columns_of
 from agcl.errors import AgclError
 
 _ROW_PASSES = 2000  # epochs are chosen so that about so many rows are learned of a task
@@ -36,8 +37,8 @@ class Draft:
 
     @property
     def answer(self) -> Column:
-        """The answer's column."""
-        return next(column for column in self.columns if column.role == "answer")
+        """The answer's column, or that of the chats which hold it."""
+        return _answer(self.columns)
 
 
 def draft_task(folder: Path, files: TaskFiles) -> Draft:
@@ -57,9 +58,9 @@ def draft_task(folder: Path, files: TaskFiles) -> Draft:
     except AgclError as error:
         raise AgclError(f"Task `{files.name}` ({', '.join(files.files.values())}): {error}") from error
     task = _declare(files, columns, {split: len(rows) for split, rows in splits.items()})
-    columns_needed = [*template_columns(task.prompt), *template_columns(task.answer)]
-    source = Task(**{**vars(task), "source": located.source})
-    rows = {split: load_rows(source, split, columns_needed) for split in (task.train_split, task.test_split)}
+    source = replace(task, source=located.source)
+    needed = columns_of(task, task.prompt)
+    rows = {split: load_rows(source, split, needed) for split in (task.train_split, task.test_split)}
     draft = Draft(task, columns, {split: len(part) for split, part in rows.items()}, [])
     draft.notes += _notes(draft, rows[task.train_split], rows[task.test_split])
     return draft
@@ -67,15 +68,19 @@ def draft_task(folder: Path, files: TaskFiles) -> Draft:
 
 def _declare(files: TaskFiles, columns: list[Column], num_rows: dict[str, int]) -> Task:
     used = [column for column in columns if column.role != "left out"]
-    answer = next(column for column in used if column.role == "answer")
+    answer = _answer(columns)
     asking = [column.name for column in used if column.role == "prompt"]
     metric, labels = _metric(answer)
     train_split, test_split = _splits(num_rows)
+    templates: dict[str, Any]
+    if answer.role == "chat":
+        templates = {"messages": answer.name}
+    else:
+        templates = {"prompt": _prompt(asking, answer.name, is_plain=labels is None), "answer": f" {{{answer.name}}}"}
     return Task(
         name=files.name,
         source=files.files["train"] if len(files.files) == 1 else files.files,
-        prompt=_prompt(asking, answer.name, is_plain=labels is None),
-        answer=f" {{{answer.name}}}",
+        **templates,
         drop_empty=any(column.num_empty for column in used),
         train_split=train_split,
         test_split=test_split,
@@ -84,6 +89,10 @@ def _declare(files: TaskFiles, columns: list[Column], num_rows: dict[str, int]) 
         metric=metric,
         labels=labels,
     )
+
+
+def _answer(columns: list[Column]) -> Column:
+    return next(column for column in columns if column.role in ("answer", "chat"))
 
 
 def _prompt(asking: list[str], answering: str, is_plain: bool) -> str:
@@ -128,7 +137,8 @@ def _notes(draft: Draft, train: Dataset, test: Dataset) -> list[str]:
         counted = ", ".join(f"{count} of `{name}`" for name, count in empty.items() if count)
         notes.append(f"Rows with an empty value ({counted}) are left out.")
     if task.labels is not None:
-        learned = Counter(map(str, train[answer.name][:]))
+        values = train[answer.name][:]
+        learned = set(map(str, values) if task.messages is None else (split_chat(turns)[1].strip() for turns in values))
         unlearned = [label for label in task.labels if label not in learned]
         if unlearned:
             notes.append(

@@ -13,6 +13,7 @@ import datasets
 import pandas
 from datasets import ClassLabel, Dataset, Features, ReadInstruction, Value, concatenate_datasets
 
+from agcl.data.chat import holds_turns, split_chat
 from agcl.errors import AgclError, raise_any
 
 if TYPE_CHECKING:
@@ -88,17 +89,30 @@ def load_rows(task: Task, split: str, columns: Sequence[str]) -> Dataset:
         if f"{column}.1" in rows.column_names  # as the reader of tables renames a second one
     )
     raise_any(
-        f"Task `{task.name}`: column `{column}` of {task.source} holds lists or structures, not text (a chat's "
-        "`messages`, for example); write what the model is to read into a column of its own."
+        f"Task `{task.name}`: column `{column}` of {task.source} holds lists or structures, not text; write what the "
+        f"model is to read into a column of its own{_naming_chats(rows)}."
         for column in columns
-        if not isinstance(rows.features[column], (Value, ClassLabel))
+        if column != task.messages and not isinstance(rows.features[column], (Value, ClassLabel))
     )
+    if task.messages in columns and not holds_turns(rows.features[task.messages]):
+        raise AgclError(
+            f"Task `{task.name}`: column `{task.messages}` of {task.source} holds no chats, which are lists of turns "
+            "with their `role` and `content` as text; bring it into this form, or use `prompt` and `answer`."
+        )
     if task.drop_empty:
-        texts = [rows[column][:] for column in columns]
+        texts = [
+            [split_chat(turns)[1] for turns in rows[column][:]] if column == task.messages else rows[column][:]
+            for column in columns
+        ]
         rows = rows.select([i for i, row in enumerate(zip(*texts, strict=True)) if not any(map(is_empty, row))])
     if len(rows) == 0:
         raise AgclError(f"Task `{task.name}`: split `{split}` of {task.source} is empty: it holds no row.")
     return rows
+
+
+def _naming_chats(rows: Dataset) -> str:
+    chats = [f"`messages: {column}`" for column, feature in rows.features.items() if holds_turns(feature)]
+    return f", or use {' or '.join(chats)}, which reads chats," if chats else ""
 
 
 def is_empty(value: Any) -> bool:

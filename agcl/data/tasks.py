@@ -11,7 +11,7 @@ from datasets import ClassLabel, Dataset
 from transformers import PreTrainedTokenizerBase
 
 from agcl.attribution.rows import IGNORED_LABEL
-from agcl.data.chat import ChatTurns
+from agcl.data.chat import ChatTurns, Turn, split_chat
 from agcl.data.repeats import Repeats
 from agcl.data.sources import is_empty, load_rows, quiet_datasets
 from agcl.errors import AgclError, raise_any
@@ -47,6 +47,9 @@ class Task:
         prompt: Template of the prompt; ``{column}`` is replaced by the row's value.
         answer: Template of the answer. It is joined to the prompt as it stands, so it usually starts with a space (in
             a chat it makes no difference); the tokenizer's end-of-sequence token is added.
+        messages: Column of chats, lists of turns with ``role`` and ``content``, in the place of ``prompt`` and
+            ``answer``: a chat's last turn, the assistant's, is the answer, the turns before it are the prompt. Needs
+            the data module's ``chat_template``.
         subset: The hub data set's configuration, if it has several.
         where: Take only rows that hold these values, by column (``{task: 3}``; of a list, any). Splits are sliced after
             that: ``train[:64]`` are the first 64 of these rows.
@@ -77,6 +80,7 @@ class Task:
     source: str | dict[str, str]
     prompt: str = "{prompt}"
     answer: str = " {answer}"
+    messages: str | None = None
     subset: str | None = None
     where: dict[str, Any] = field(default_factory=dict)
     drop_empty: bool = False
@@ -113,6 +117,8 @@ class Task:
                     f"`{option}` is {template!r}; it must hold at least one {{column}} by its plain name. Write {{{{ "
                     "and }} for braces as such."
                 )
+        if self.messages is not None and [*prompts, self.answer] != [Task.prompt, Task.answer]:
+            yield "`messages` holds prompt and answer already: leave `prompt` and `answer` out, also of probes."
         if self.labels is not None and len(set(self.labels)) < len(self.labels):
             yield f"`labels` names a label twice: {', '.join(self.labels)}; leave one out."
         if self.labels is not None and _is_template(self.answer) and len(template_columns(self.answer)) != 1:
@@ -136,7 +142,21 @@ class Task:
 
     def label_answer(self, label: str) -> str:
         """The answer that a row with this label has."""
-        return self.answer.format(**{template_columns(self.answer)[0]: label})
+        return label if self.messages is not None else self.answer.format(**{template_columns(self.answer)[0]: label})
+
+    def split_row(self, row: Mapping[str, Any], prompt: str) -> tuple[str | list[Turn], str]:
+        """Prompt and answer of a row.
+
+        Args:
+            row: Its values by column.
+            prompt: Template; without a meaning for chats.
+
+        Returns:
+            The prompt as text, or as a chat's turns, and the answer's text, which is empty in a chat without one.
+        """
+        if self.messages is not None:
+            return split_chat(row[self.messages])
+        return prompt.format(**row), self.answer.format(**row)
 
     def evaluations(self, evaluate_on: ScoredSplit = "test") -> Iterator[tuple[str | None, Probe]]:
         """Yield what the task is scored on: ``(None, its own rows)`` first, then each probe with its name.
@@ -162,6 +182,8 @@ def template_columns(template: str) -> list[str]:
 
 def columns_of(task: Task, prompt: str) -> list[str]:
     """Names of the columns that a task's rows need under a prompt template."""
+    if task.messages is not None:
+        return [task.messages]
     return list(dict.fromkeys([*template_columns(prompt), *template_columns(task.answer)]))
 
 
@@ -233,9 +255,9 @@ class AnswerEncoder:
             return self.chat.encode_answer(text)
         return [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.end_token_id]
 
-    def encode_prompt(self, text: str) -> list[int]:
-        """Token ids of a prompt."""
-        return list(self.tokenizer(text)["input_ids"]) if self.chat is None else self.chat.encode_prompt(text)
+    def encode_prompt(self, prompt: str | list[Turn]) -> list[int]:
+        """Token ids of a prompt: text, or turns of a chat."""
+        return list(self.tokenizer(prompt)["input_ids"]) if self.chat is None else self.chat.encode_prompt(prompt)
 
     def encode_rows(self, task: Task, split: str, prompt: str) -> Dataset:
         """Load and encode one split.
@@ -255,7 +277,7 @@ class AnswerEncoder:
         def encode(row: dict[str, Any], index: int) -> dict[str, Any]:
             where, values = f"row {index} of `{split}`", named(row)
             encoded = self.cut(task, self.tokenise(task, values, prompt, where), where)
-            repeats.add(prompt.format(**values), encoded["answer"])
+            repeats.add(str(task.split_row(values, prompt)[0]), encoded["answer"])
             return encoded
 
         with quiet_datasets():
@@ -287,21 +309,26 @@ class AnswerEncoder:
             for column in columns_of(task, prompt)
             if is_empty(row[column])
         )
-        answer = task.answer.format(**row)
+        question, answer = task.split_row(row, prompt)
+        if is_empty(answer):
+            raise AgclError(
+                f"Task `{task.name}`: the chat in {where} does not end in an answer of the assistant's; `drop_empty` "
+                "leaves such rows out."
+            )
         label = -1
         if task.labels is not None:
-            value = str(row[template_columns(task.answer)[0]])
+            value = answer.strip() if task.messages is not None else str(row[template_columns(task.answer)[0]])
             if value not in task.labels:
                 raise AgclError(
                     f"Task `{task.name}`: {where} has the label {value!r}, which is not among `labels` "
                     f"({', '.join(task.labels)})."
                 )
             label = task.labels.index(value)
-        text = prompt.format(**row)
-        if self.truncation == "error" and len(text) > self._max_characters:  # whose tokens would take minutes to count
-            size = f"a prompt of {len(text)} characters, more than {self.max_length} tokens hold"
+        characters = len(question) if isinstance(question, str) else sum(len(str(t.get("content"))) for t in question)
+        if self.truncation == "error" and characters > self._max_characters:  # whose tokens would take minutes to count
+            size = f"a prompt of {characters} characters, more than {self.max_length} tokens hold"
             raise self._too_long(task, where, size)
-        tokens = TokenisedRow(self.encode_prompt(text), self.encode_answer(answer), answer, label)
+        tokens = TokenisedRow(self.encode_prompt(question), self.encode_answer(answer), answer, label)
         largest = max([*tokens.prompt_ids, *tokens.answer_ids])
         if self.vocab_size is not None and largest >= self.vocab_size:
             raise AgclError(

@@ -51,9 +51,21 @@ def test_what_is_written_says_what_was_guessed(folder, tmp_path):
     assert (facts["name"], facts["source"], facts["prompt"]) == ("2024", "2024.jsonl", "{question}")
     assert (facts["train_split"], facts["test_split"], facts["metric"]) == ("train[:3]", "train[3:]", "exact_match")
     assert pets["source"] == {"train": "pets/train.jsonl", "test": "pets/test.jsonl"}
+    assert "chat_template" not in data
     assert (pets["prompt"], pets["answer"], pets["labels"]) == ("{text}\nKind:", " {kind}", ["no", "yes"])
     assert "# odd: # name: left out (rename it: no plain word)" in text
     assert "# note: left out (the same in every row)" in text
+
+
+def test_a_column_of_chats_is_named_and_the_template_switched_on(folder, tmp_path):
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    write_rows(folder / "chats.jsonl", [{"turns": [*chat[:1], chat[1] | {"content": f"b{i}"}]} for i in range(4)])
+    init(folder, output=tmp_path / "mine.yaml")
+    data = yaml.safe_load((tmp_path / "mine.yaml").read_text())["data"]
+    assert data["chat_template"] is True
+    (task,) = (task for task in data["tasks"] if task["name"] == "chats")
+    assert task["messages"] == "turns"
+    assert not {"prompt", "answer"} & set(task)
 
 
 def test_an_existing_file_is_not_replaced(folder, tmp_path):

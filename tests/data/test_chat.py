@@ -4,7 +4,7 @@ from tokenizers import normalizers
 
 from agcl.data.chat import ChatTurns
 from agcl.data.datamodule import ContinualDataModule
-from agcl.data.tasks import AnswerEncoder, Task
+from agcl.data.tasks import AnswerEncoder, Probe, Task
 from agcl.errors import AgclError
 
 TURNS = "{% for turn in messages %}"
@@ -58,6 +58,62 @@ def encoded(tmp_path, template, system_prompt=None):
 )
 def test_prompt_and_answer_become_turns_and_the_answer_is_closed_once(tmp_path, template, prompt, answer):
     assert encoded(tmp_path, template) == (prompt, answer)
+
+
+CHAT = [
+    {"role": "user", "content": "a"},
+    {"role": "assistant", "content": "b"},
+    {"role": "user", "content": "c"},
+    {"role": "assistant", "content": " d"},
+]
+WRITTEN = "<s>u a<eos> <s>a b<eos> <s>u c<eos> <s>a "
+
+
+def encoded_chats(tmp_path, rows, system_prompt=None, **task):
+    known = tokenizer(CHATML)
+    task = Task("t", str(write_rows(tmp_path / "a.jsonl", rows)), messages="m", **task)
+    chat = ChatTurns(known, system_prompt)
+    encoder = AnswerEncoder(known, 64, chat=chat)
+    decoded = []
+    for row in encoder.encode_rows(task, "train", task.prompt):
+        cut = row["labels"].count(-100)
+        assert row["labels"][cut:] == row["input_ids"][cut:]
+        decoded.append((known.decode(row["input_ids"][:cut]), known.decode(row["input_ids"][cut:]), row["answer"]))
+    return decoded
+
+
+def test_the_last_turn_of_a_chat_is_the_answer_and_those_before_it_the_prompt(tmp_path):
+    system = {"role": "system", "content": "e"}
+    named = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    assert encoded_chats(tmp_path, [{"m": CHAT, "a": 1}]) == [(WRITTEN, "d<eos>", "d")]
+    assert encoded_chats(tmp_path, [{"m": [system, *CHAT]}, {"m": CHAT}], "f") == [
+        ("<s>s e<eos> " + WRITTEN, "d<eos>", "d"),
+        ("<s>s f<eos> " + WRITTEN, "d<eos>", "d"),
+    ]
+    assert encoded_chats(tmp_path, [{"m": named}]) == [("<s>u a<eos> <s>a ", "b<eos>", "b")]
+
+
+def test_chats_whose_answers_are_labels(tmp_path):
+    assert len(encoded_chats(tmp_path, [{"m": CHAT}], metric="label_accuracy", labels=["d", "e"])) == 1
+    with pytest.raises(AgclError, match=r"has the label 'd', which is not among `labels` \(e\)"):
+        encoded_chats(tmp_path, [{"m": CHAT}], metric="label_accuracy", labels=["e"])
+    assert Task("t", "a.jsonl", messages="m").label_answer("e") == "e"
+
+
+@pytest.mark.parametrize("chat", [[], CHAT[:3], [*CHAT[:3], {"role": "assistant", "content": None}], None])
+def test_a_chat_without_an_answer_is_refused_or_left_out(tmp_path, chat):
+    rows = [{"m": CHAT}, {"m": chat}]
+    with pytest.raises(AgclError, match=r"Task `t`.* row 1 of `train`"):
+        encoded_chats(tmp_path, rows)
+    assert len(encoded_chats(tmp_path, rows, drop_empty=True)) == 1
+
+
+@pytest.mark.parametrize(
+    "chats", ["text", [{"role": "user", "content": [{"type": "text"}]}], [{"name": "user"}], ["text"]]
+)
+def test_a_column_without_chats_is_refused(tmp_path, chats):
+    with pytest.raises(AgclError, match=r"column `m` of .* holds no chats, which are lists of turns"):
+        encoded_chats(tmp_path, [{"m": chats}])
 
 
 def test_the_answers_tokens_are_those_it_has_in_the_chat(tmp_path):
@@ -114,3 +170,11 @@ def test_options_that_do_not_go_together_are_refused(options, message):
     metric = options.pop("metric", "exact_match")
     with pytest.raises(AgclError, match=message):
         ContinualDataModule([Task(source="a.jsonl", metric=metric, **TASK)], **options)
+
+
+def test_chats_need_a_template_and_no_other_prompt_or_answer():
+    with pytest.raises(AgclError, match="its `messages` are chats, so set `chat_template: true`"):
+        ContinualDataModule([Task("t", "a.jsonl", messages="m")])
+    for options in ({"prompt": "{q}"}, {"answer": "{a}"}, {"probes": {"p": Probe(prompt="{q}")}}):
+        with pytest.raises(AgclError, match="`messages` holds prompt and answer already"):
+            Task("t", "a.jsonl", messages="m", **options)

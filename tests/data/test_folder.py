@@ -102,6 +102,18 @@ def test_columns_that_cannot_serve_are_left_out():
         roles(id=[1, 2], text=["a", "b"])
 
 
+def test_chats_are_taken_before_all_other_columns():
+    turns = [[{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}] for answer in ("b", "c")]
+    assert roles(prompt=["a", "a"], chosen=turns, rejected=turns, label=[0, 1]) == {
+        "prompt": "left out",
+        "chosen": "chat",
+        "rejected": "left out",
+        "label": "left out",
+    }
+    unanswered = [chat[:1] for chat in turns]
+    assert roles(prompt=unanswered, text=["a", "b"], label=["b", "c"])["prompt"] == "left out"
+
+
 def draft(tmp_path, rows, **more):
     files = {"train": write_rows(tmp_path / "t.train.jsonl", rows).name}
     files |= {split: write_rows(tmp_path / f"t.{split}.jsonl", part).name for split, part in more.items()}
@@ -115,6 +127,18 @@ def test_an_answer_of_few_values_is_a_label_of_all_splits(tmp_path):
     assert (task.metric, task.labels) == ("label_accuracy", ["0", "1", "2"])
     assert (task.train_split, task.test_split, task.prompt) == ("train", "test", "{text}\nLabel:")
     assert found.notes == ["No training row has the answer 2: are the rows sorted by it? Then shuffle them."]
+
+
+def test_chats_whose_answers_come_back_have_labels(tmp_path):
+    def chat(answer):
+        return {"m": [{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}]}
+
+    found = draft(tmp_path, [chat(" yes"), chat("no"), chat("no")], test=[chat("yes"), chat("")])
+    assert (found.task.messages, found.task.labels, found.task.drop_empty) == ("m", ["no", "yes"], True)
+    assert found.num_rows == {"train": 3, "test": 1}
+    assert found.notes == ["Rows with an empty value (1 of `m`) are left out."]
+    found = draft(tmp_path, [chat("no"), chat("no")], test=[chat("yes"), chat("yes")])
+    assert found.notes == ["No training row has the answer yes: are the rows sorted by it? Then shuffle them."]
 
 
 @pytest.mark.parametrize(
