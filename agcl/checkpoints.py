@@ -1,7 +1,7 @@
 """Checkpoints on the disk: written so that a crash leaves the old one or the new one, and looked into before use."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
@@ -57,14 +57,16 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return content
 
 
-def look_into(path: Path) -> dict[str, Any]:
-    """Check a checkpoint, and give what it says beside its tensors, of which only shapes are read. It runs no code.
+def look_into(path: Path, tensors: Literal["meta", "cpu"] = "meta") -> dict[str, Any]:
+    """Check a checkpoint, and give what it says. It runs no code.
 
     Args:
         path: A file, or a folder of shards.
+        tensors: ``meta``: of tensors only shapes; ``cpu``: what they hold, too, mapped from the file. In a folder of
+            shards, the weights are in other files.
 
     Returns:
-        The checkpoint, tensors on the meta device.
+        The checkpoint.
 
     Raises:
         AgclError: If it is not there, not whole by its checksums, or not one of agcl.
@@ -75,7 +77,7 @@ def look_into(path: Path) -> dict[str, Any]:
     if not is_whole_zip(file):
         raise AgclError(f"{path} is not a checkpoint, or not a whole one: take an earlier one.")
     try:
-        content = torch.load(file, map_location="meta", mmap=True, weights_only=True)
+        content = torch.load(file, map_location=tensors, mmap=True, weights_only=True)
     except Exception as error:  # torch raises many types for what is not right
         raise _unusable(path, error) from error
     _check_ours(path, content)

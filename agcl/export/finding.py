@@ -1,7 +1,6 @@
 """From a run's folder or a checkpoint to a model and what is known of it."""
 
 import math
-import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from agcl.attribution.artefact import ImportanceFile, importance_files
+from agcl.checkpoints import look_into
 from agcl.errors import AgclError
 from agcl.metrics.functional import num_learned
 from agcl.results import read_results
@@ -58,23 +58,6 @@ def find_trained(source: Path, task: str | None = None) -> Trained:
     return _of_run(source, task) if source.is_dir() else _of_checkpoint(source, task)
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint of agcl's, tensors mapped from the file; no code in it is run.
-
-    Raises:
-        AgclError: If it is none.
-    """
-    if not zipfile.is_zipfile(path):
-        raise AgclError(f"{path} is not a checkpoint, or not a whole one.")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:  # pickle and torch raise many types
-        raise AgclError(f"{path} cannot be read as a checkpoint ({' '.join(str(error).split())[:200]}).") from error
-    if "agcl" not in checkpoint:
-        raise AgclError(f"{path} was not written by agcl: it holds no score matrix.")
-    return checkpoint
-
-
 def _of_run(folder: Path, task: str | None) -> Trained:
     facts = read_results(folder)
     tasks, scores = facts["tasks"], _matrix(facts["scores"])
@@ -84,9 +67,9 @@ def _of_run(folder: Path, task: str | None) -> Trained:
     if count == len(tasks) and (folder / "model").is_dir():
         return _trained(tasks, count, scores, facts, folder / "model", folder)
     found: dict[int, Path] = {}
-    for path in sorted(folder.rglob("*.ckpt"), key=lambda path: path.stat().st_mtime):
+    for path in sorted(filter(Path.is_file, folder.rglob("*.ckpt")), key=lambda path: path.stat().st_mtime):
         try:
-            checkpoint = read_checkpoint(path)
+            checkpoint = look_into(path, "cpu")
         except AgclError:  # damaged or somebody else's: another may do
             continue
         if _task_names(checkpoint) == tasks and (end := _finished(checkpoint)) is not None:
@@ -101,7 +84,7 @@ def _of_run(folder: Path, task: str | None) -> Trained:
 
 
 def _of_checkpoint(path: Path, task: str | None) -> Trained:
-    checkpoint = read_checkpoint(path)
+    checkpoint = look_into(path, "cpu")
     tasks = _task_names(checkpoint)
     count = _finished(checkpoint)
     if count is None:

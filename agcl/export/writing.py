@@ -9,6 +9,7 @@ import torch
 from peft import get_peft_config, get_peft_model
 
 from agcl.attribution.storage import index_of
+from agcl.checkpoints import look_into
 from agcl.errors import AgclError
 from agcl.files import partial_of, sync_folder, sync_tree
 from agcl.models import load_model, load_tokenizer, save_model
@@ -16,7 +17,7 @@ from agcl.results import shown_name
 from agcl.task_pairs import activate, add_pairs, num_pairs
 
 from .card import model_card
-from .finding import Trained, read_checkpoint
+from .finding import Trained
 
 _ADAPTER_CONFIG = "adapter_config.json"  # PEFT's
 _MODEL = "model."  # what ContinualLM's language model is called in a checkpoint
@@ -77,7 +78,7 @@ def _copy_importance(files: list[Path], path: Path, folder: Path) -> None:
 
 
 def _write_checkpoint(path: Path, folder: Path, trust_remote_code: bool) -> None:
-    checkpoint = read_checkpoint(path)
+    checkpoint = look_into(path, "cpu")
     settings = checkpoint["hyper_parameters"]
     weights = {k.removeprefix(_MODEL): v for k, v in checkpoint["state_dict"].items() if k.startswith(_MODEL)}
     source: dict[str, Any] = {"gguf_file": settings.get("gguf_file"), "trust_remote_code": trust_remote_code}

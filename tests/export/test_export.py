@@ -141,6 +141,10 @@ def test_what_cannot_be_exported_is_named(run, tmp_path):
     last = run.folder / "checkpoints" / "epoch=5.ckpt"
     assert "end of task `task2`, not of `task0`" in message(last, "--task", "task0")
     assert "is not a checkpoint" in message(run.folder / "scores.json")
+    damaged = bytearray(last.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    (tmp_path / "damaged.ckpt").write_bytes(damaged)
+    assert "damaged.ckpt is not a checkpoint, or not a whole one" in message(tmp_path / "damaged.ckpt")
     assert "does not exist" in message(run.folder / "nothing")
     assert "There is no scores.json in" in message(run.folder / "model")
     assert "`push_to_hub` is 'a/b/c', no repository's name" in message(run.folder, "--push_to_hub", "a/b/c")
