@@ -253,6 +253,11 @@ class ContinualLM(LightningModule):
         )
 
     @property
+    def ends_task(self) -> bool:
+        """At an epoch's end: whether it is the last one before a task boundary, and none that a limit has cut short."""
+        return self.tasks.ends_at(self.trainer.current_epoch) and self.trainer.is_last_batch
+
+    @property
     def task_index(self) -> int:
         """0-based index of the task being learned; under ``joint``, of the first one."""
         return self.tasks.index_at(self.trainer.current_epoch)
@@ -285,7 +290,8 @@ class ContinualLM(LightningModule):
 
     def on_train_end(self) -> None:
         """Say which tasks were not learned, if something ended the training before (early stopping, a time limit)."""
-        left = [task.name for task in self.tasks][self.tasks.num_completed(self.trainer.current_epoch) :]
+        passed = self.trainer.current_epoch - (not self.trainer.is_last_batch)  # Lightning counts a cut epoch, too
+        left = [task.name for task in self.tasks][self.tasks.num_completed(passed) :]
         if left and self.tasks.regime == "sequential" and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             rank_zero_warn(
                 f"Training has ended before {', '.join(f'`{name}`' for name in left)} was learned to its end: what "
@@ -400,6 +406,7 @@ class ContinualLM(LightningModule):
                 )
         if not self.score_matrices:  # the weights are loaded outside a run
             return
+        _reopen_epoch(checkpoint)
         if saved["tasks"] != self._task_epochs():
             raise AgclError(
                 f"The checkpoint was saved while learning the tasks {saved['tasks']} (name, epochs), but the "
@@ -459,6 +466,19 @@ class ContinualLM(LightningModule):
 def matrix_name(kind: str, probe: str | None) -> str:
     """Key of a score matrix: ``score`` or ``nll``, followed by the probe's name where it is one's."""
     return kind if probe is None else f"{kind}/{probe}"
+
+
+def _reopen_epoch(checkpoint: dict[str, Any]) -> None:
+    """Let a resumed run go on within an epoch that a limit of the Trainer (max_steps, max_time) has cut short.
+
+    Lightning counts such an epoch as passed, and would leave out the rest of it.
+    """
+    loop = checkpoint["loops"]["fit_loop"]
+    counts = loop["epoch_progress"].values()  # of this run, and in total
+    is_passed = all(0 < count["started"] == count["processed"] for count in counts)
+    if is_passed and not loop["epoch_loop.batch_progress"]["is_last_batch"]:
+        for count in counts:
+            count["processed"] = count["completed"] = count["started"] - 1
 
 
 def transfer_metrics(num_tasks: int) -> MetricCollection:

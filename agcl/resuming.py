@@ -22,11 +22,12 @@ Config = dict[str, Any]
 RECORD = "agcl_run"
 """Key in a checkpoint: configuration (JSON), run folder and precision of the run that wrote it."""
 
-# What a run may be gone on with differently: where and how it runs, not what it learns.
+# What a run may be gone on with differently: where, how and how far it runs, not what it learns.
 _INCIDENTAL = ("resume", "ckpt_path", "weights_only", "config")
 _INCIDENTAL_TO_TRAINER = (
     *("accelerator", "strategy", "devices", "num_nodes", "plugins", "logger", "default_root_dir", "profiler"),
     *("enable_checkpointing", "enable_progress_bar", "enable_model_summary", "log_every_n_steps", "detect_anomaly"),
+    *("max_steps", "max_time"),  # no learning rate depends on them: schedules are by the tasks' epochs
 )
 _INCIDENTAL_CALLBACKS = ("Checkpoint", "ProgressBar", "Monitor", "Summary")
 

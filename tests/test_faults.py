@@ -9,6 +9,7 @@ import signal
 
 import pytest
 import torch
+import yaml
 from conftest import save_tiny_model
 from helpers import attribution, build, trainer_for, weights
 from killing import Moments, config_for, run_forked, run_process
@@ -112,6 +113,32 @@ def test_a_full_disk_ends_the_run_with_one_line_that_names_the_last_good_checkpo
     assert not list(folder.glob(".*"))
     assert run_forked(config)[0] == 0
     assert_same(folder.parent, expected)
+
+
+@pytest.mark.parametrize(
+    "limit", [3, pytest.param(7, marks=pytest.mark.slow)]
+)  # each task takes four steps, two an epoch
+def test_a_run_that_a_limit_has_ended_goes_on_without_it(dropout_folder, task_files, tmp_path, limit):
+    configs = [config_for(dropout_folder, task_files[:2], tmp_path / name, epochs=2) for name in ("straight", "short")]
+    for config in configs:  # the gate lags behind by no step, so that where it ends makes no difference
+        content = yaml.safe_load(config.read_text())
+        content["trainer"]["callbacks"][0]["init_args"]["directions"] = {"every": 1}
+        config.write_text(yaml.safe_dump(content))
+    straight, short = (config.parent / "run" / "version_0" for config in configs)
+    assert run_forked(configs[0])[0] == 0
+    assert run_forked(configs[1], "--trainer.max_steps", str(limit))[0] == 0
+    unlearned = limit // 4
+    assert (short / "scores.csv").read_text().splitlines()[2 + unlearned] == f"task{unlearned},,"
+    assert len(list((short / "importance").glob("0*"))) == unlearned
+    status, output, _ = run_forked(configs[1])
+    assert status == 0, output
+    assert list(short.parent.iterdir()) == [short]
+    assert_same(short, straight)
+
+
+def test_a_task_that_a_limit_cuts_short_is_not_taken_for_learned(llama_folder, task_files, tmp_path):
+    with pytest.warns(UserWarning, match="ended before `task0`, `task1` was learned to its end"):
+        fit(llama_folder, task_files, tmp_path, max_steps=5)
 
 
 # ------------------------------------------------------------------ signals

@@ -329,7 +329,7 @@ class AttributionCallback(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         """At a task boundary: importance of the task just learned, running maximum, new gate."""
         self._close_directions()  # before weights are saved
-        if pl_module.tasks.ends_at(trainer.current_epoch):
+        if pl_module.ends_task:
             self._pass_boundary(trainer, pl_module, pl_module.tasks.index_at(trainer.current_epoch))
 
     def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:

@@ -75,7 +75,7 @@ class ContinualReport(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Write the results so far after each task."""
-        if pl_module.tasks.ends_at(trainer.current_epoch):
+        if pl_module.ends_task:
             self._write(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:

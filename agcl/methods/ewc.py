@@ -91,7 +91,7 @@ class EWC(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         """At a task boundary: take in the Fisher information of the task just learned."""
-        if pl_module.tasks.ends_at(trainer.current_epoch):
+        if pl_module.ends_task:
             self._pass_boundary(trainer, pl_module, pl_module.tasks.index_at(trainer.current_epoch))
 
     def _pass_boundary(self, trainer: Trainer, pl_module: Any, index: int) -> None:
