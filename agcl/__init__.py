@@ -11,7 +11,7 @@ from agcl.version import __version__
 
 _HOMES = {
     "AgclError": "agcl.errors",
-    "AtomicCheckpointIO": "agcl.checkpoints",
+    "AtomicCheckpointIO": "agcl.checkpoint_io",
     "AttributionCallback": "agcl.callbacks",
     "ContinualDataModule": "agcl.data.datamodule",
     "ContinualLM": "agcl.module",
@@ -88,7 +88,7 @@ if TYPE_CHECKING:
         StopOnSignal,
         TaskProgressBar,
     )
-    from agcl.checkpoints import AtomicCheckpointIO
+    from agcl.checkpoint_io import AtomicCheckpointIO
     from agcl.data.datamodule import ContinualDataModule
     from agcl.data.replay import Replay
     from agcl.data.tasks import Probe, Task

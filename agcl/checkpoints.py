@@ -1,60 +1,17 @@
-"""Checkpoints on the disk: written so that a crash leaves the old one or the new one, and looked into before use."""
+"""Checkpoints on the disk: which there are, which are whole, and what they say."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.fabric.plugins import TorchCheckpointIO
 
 from agcl.errors import AgclError
-from agcl.files import is_whole_zip, replacing, sync_folder
+from agcl.files import is_whole_zip, sync_folder
 
 SUFFIX = ".ckpt"
 _SHARDED = "meta.pt"
 """In a folder of shards, as Lightning's sharding strategies write it: the file that comes last."""
-
-
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's checkpoint files, written beside their place, synced, and renamed.
-
-    Lightning's own are written in the system's folder for temporary files and moved from there, which is a copy, not
-    atomic, where that is another disk; they are not synced, and are held in memory a second time on the way. Other
-    places than local files are left to Lightning.
-
-    ``agcl fit`` uses it; elsewhere: ``Trainer(plugins=[AtomicCheckpointIO()])``.
-    """
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        """Write a checkpoint whole, or leave what was there.
-
-        Raises:
-            OSError: With the file's name, if it cannot be written, for instance on a full disk.
-        """
-        if storage_options is not None or "://" in str(path):
-            super().save_checkpoint(checkpoint, path, storage_options)
-            return
-        try:
-            with replacing(path) as file:
-                torch.save(checkpoint, file)
-        except RuntimeError as error:  # torch's writer, which wants to close the file that cannot be written
-            if isinstance(error.__context__, OSError):
-                raise OSError(error.__context__.errno, error.__context__.strerror, str(path)) from error
-            raise
-
-    def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Read a checkpoint.
-
-        Raises:
-            AgclError: If it is there, but damaged or something else.
-        """
-        try:
-            content = super().load_checkpoint(path, *args, **kwargs)
-        except FileNotFoundError:
-            raise
-        except Exception as error:  # torch raises many types for what is not right
-            raise _unusable(path, error) from error
-        _check_ours(path, content)
-        return content
 
 
 def look_into(path: Path, tensors: Literal["meta", "cpu"] = "meta") -> dict[str, Any]:
@@ -76,11 +33,28 @@ def look_into(path: Path, tensors: Literal["meta", "cpu"] = "meta") -> dict[str,
     file = _described_in(path)
     if not is_whole_zip(file):
         raise AgclError(f"{path} is not a checkpoint, or not a whole one: take an earlier one.")
+    return checked(path, lambda: torch.load(file, map_location=tensors, mmap=True, weights_only=True))
+
+
+def checked(path: str | Path, load: Callable[[], Any]) -> dict[str, Any]:
+    """The content of a checkpoint.
+
+    Args:
+        path: Where it is.
+        load: Loads it.
+
+    Raises:
+        AgclError: If it is there, but damaged or something else.
+    """
     try:
-        content = torch.load(file, map_location=tensors, mmap=True, weights_only=True)
+        content = load()
+    except FileNotFoundError:
+        raise
     except Exception as error:  # torch raises many types for what is not right
-        raise _unusable(path, error) from error
-    _check_ours(path, content)
+        reason = " ".join(str(error).split())[:300]
+        raise AgclError(f"The checkpoint {path} cannot be read ({reason}): take an earlier one.") from error
+    if not isinstance(content, dict) or "agcl" not in content:
+        raise AgclError(f"{path} was not written by agcl: it holds no score matrix. Take a checkpoint of this run.")
     return content
 
 
@@ -107,13 +81,3 @@ def last_whole(folders: list[Path]) -> Path | None:
 
 def _described_in(path: Path) -> Path:
     return path / _SHARDED if path.is_dir() else path
-
-
-def _check_ours(path: str | Path, content: Any) -> None:
-    if not isinstance(content, dict) or "agcl" not in content:
-        raise AgclError(f"{path} was not written by agcl: it holds no score matrix. Take a checkpoint of this run.")
-
-
-def _unusable(path: str | Path, error: Exception) -> AgclError:
-    reason = " ".join(str(error).split())[:300]
-    return AgclError(f"The checkpoint {path} cannot be read ({reason}): take an earlier one.")

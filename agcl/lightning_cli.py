@@ -18,7 +18,8 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.utilities import rank_zero_info
 
 from agcl.callbacks import ContinualMonitor, ContinualReport, StopOnSignal, TaskProgressBar
-from agcl.checkpoints import AtomicCheckpointIO, last_whole, look_into
+from agcl.checkpoint_io import AtomicCheckpointIO
+from agcl.checkpoints import last_whole, look_into
 from agcl.configurations import all_callbacks
 from agcl.data.datamodule import ContinualDataModule
 from agcl.data.sequence import Regime

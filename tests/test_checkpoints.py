@@ -16,7 +16,8 @@ from agcl import resuming
 from agcl.attribution import load_importance, save_importance
 from agcl.callbacks import StopOnSignal
 from agcl.callbacks.importance_so_far import ImportanceSoFar
-from agcl.checkpoints import AtomicCheckpointIO, last_whole, look_into
+from agcl.checkpoint_io import AtomicCheckpointIO
+from agcl.checkpoints import last_whole, look_into
 from agcl.errors import AgclError
 from agcl.files import replacing, sync_tree, write_whole
 from agcl.resuming import RECORD, resume_auto

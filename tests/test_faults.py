@@ -16,7 +16,8 @@ from killing import Moments, config_for, run_forked, run_process
 from lightning.pytorch import Callback
 
 from agcl.callbacks import StopOnSignal
-from agcl.checkpoints import AtomicCheckpointIO, last_whole, look_into
+from agcl.checkpoint_io import AtomicCheckpointIO
+from agcl.checkpoints import last_whole, look_into
 
 SAME = ("model/model.safetensors", "importance/00_task0.safetensors", "importance/01_task1.safetensors", "scores.csv")
 
@@ -115,9 +116,8 @@ def test_a_full_disk_ends_the_run_with_one_line_that_names_the_last_good_checkpo
     assert_same(folder.parent, expected)
 
 
-@pytest.mark.parametrize(
-    "limit", [3, pytest.param(7, marks=pytest.mark.slow)]
-)  # each task takes four steps, two an epoch
+# Each task takes four steps, two an epoch.
+@pytest.mark.parametrize("limit", [3, pytest.param(7, marks=pytest.mark.slow)])
 def test_a_run_that_a_limit_has_ended_goes_on_without_it(dropout_folder, task_files, tmp_path, limit):
     configs = [config_for(dropout_folder, task_files[:2], tmp_path / name, epochs=2) for name in ("straight", "short")]
     for config in configs:  # the gate lags behind by no step, so that where it ends makes no difference
