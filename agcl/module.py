@@ -252,10 +252,27 @@ class ContinualLM(LightningModule):
             "precision (bf16-mixed, 32-true), then go on from an earlier checkpoint."
         )
 
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Score no task that is stopped in the midst of its last epoch, as a time limit does; Lightning would."""
+        if self.trainer.should_stop and not self.trainer.is_last_batch:
+            self.trainer.check_val_every_n_epoch = self.trainer.current_epoch + 2
+
+    def on_train_epoch_end(self) -> None:
+        """Have it saved where a limit ends the training: ModelCheckpoint, whose turn is next, saves where is scored."""
+        trainer = self.trainer
+        if not trainer.is_last_batch or trainer.should_stop or trainer.global_step == trainer.max_steps:
+            trainer.check_val_every_n_epoch = 1
+
     @property
     def ends_task(self) -> bool:
         """At an epoch's end: whether it is the last one before a task boundary, and none that a limit has cut short."""
         return self.tasks.ends_at(self.trainer.current_epoch) and self.trainer.is_last_batch
+
+    @property
+    def unlearned(self) -> list[str]:
+        """At the end of training: the tasks that were not learned to their ends."""
+        passed = self.trainer.current_epoch - (not self.trainer.is_last_batch)  # Lightning counts a cut epoch, too
+        return [task.name for task in self.tasks][self.tasks.num_completed(passed) :]
 
     @property
     def task_index(self) -> int:
@@ -290,8 +307,7 @@ class ContinualLM(LightningModule):
 
     def on_train_end(self) -> None:
         """Say which tasks were not learned, if something ended the training before (early stopping, a time limit)."""
-        passed = self.trainer.current_epoch - (not self.trainer.is_last_batch)  # Lightning counts a cut epoch, too
-        left = [task.name for task in self.tasks][self.tasks.num_completed(passed) :]
+        left = self.unlearned
         if left and self.tasks.regime == "sequential" and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             rank_zero_warn(
                 f"Training has ended before {', '.join(f'`{name}`' for name in left)} was learned to its end: what "

@@ -70,8 +70,7 @@ def configuration(parser: ArgumentParser, config: Namespace) -> Config:
     """
     content = yaml.safe_load(parser.dump(config, skip_unset=False))[config.subcommand]
     content = {key: value for key, value in content.items() if key not in _INCIDENTAL}
-    trainer = {key: value for key, value in content["trainer"].items() if key not in _INCIDENTAL_TO_TRAINER}
-    trainer["callbacks"] = _essential(trainer.get("callbacks"))
+    trainer = {**content["trainer"], "callbacks": _essential(content["trainer"].get("callbacks"))}
     return {**content, "trainer": trainer, "extra_callbacks": _essential(content.get("extra_callbacks"))}
 
 
@@ -120,12 +119,18 @@ def _problem(record: Config, wanted: Config) -> str | None:
     """Why a checkpoint is not of the wanted configuration; None if it is."""
     if not record:
         return "it does not say of which configuration it is"
-    found, expected = (dict(_flat(content)) for content in (json.loads(record["configuration"]), wanted))
+    found, expected = (_compared(content) for content in (json.loads(record["configuration"]), wanted))
     differing = sorted(key for key in found.keys() | expected.keys() if found.get(key) != expected.get(key))
     if not differing:
         return None
     more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
     return f"it is of another configuration, which differs in {', '.join(differing[:3])}{more}"
+
+
+def _compared(content: Config) -> Config:
+    """Dotted key and value of all that must be the same."""
+    trainer = {key: value for key, value in content["trainer"].items() if key not in _INCIDENTAL_TO_TRAINER}
+    return dict(_flat({**content, "trainer": trainer}))
 
 
 def _flat(content: Any, key: str = "") -> Iterator[tuple[str, Any]]:

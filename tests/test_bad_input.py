@@ -250,7 +250,7 @@ FIT: dict[str, tuple[Callable[[Place], Overrides], str]] = {
     ),
     "a chat's messages": (
         lambda place: place.source("m.jsonl", '{"prompt": [{"role": "user", "content": "cat"}], "answer": "a"}\n'),
-        r"column `prompt` of .*m\.jsonl holds lists or structures, not text.* or use `messages: prompt`, which reads",
+        r"column `prompt` of .*m\.jsonl holds lists or structures, .*, or read its chats by `messages: prompt`\.",
     ),
     "empty split": (
         lambda place: {"data__tasks__1__test_split": "train[9:]"},

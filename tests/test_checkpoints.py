@@ -218,7 +218,9 @@ def said(monkeypatch):
 def test_the_newest_good_checkpoint_is_taken_and_its_folder_gone_on_in(tmp_path, said):
     first, second = (tmp_path / "run" / f"version_{number}" / "checkpoints" for number in (0, 1))
     save_at(first / "old.ckpt", 1)
-    good = save_at(first / "good.ckpt", 2)
+    good = save_at(
+        first / "good.ckpt", 2, {**WANTED, "trainer": {"max_steps": 7}}
+    )  # which is no part of what is learned
     other = json.loads(json.dumps(WANTED))
     other["model"]["optimizer"]["lr"], other["data"]["tasks"][1]["name"] = 0.2, "c"
     different = save_at(second / "other.ckpt", 3, other)

@@ -9,13 +9,13 @@ import signal
 
 import pytest
 import torch
-import yaml
 from conftest import save_tiny_model
 from helpers import attribution, build, trainer_for, weights
 from killing import Moments, config_for, run_forked, run_process
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
 
-from agcl.callbacks import StopOnSignal
+from agcl.callbacks import ContinualMonitor, StopOnSignal
 from agcl.checkpoint_io import AtomicCheckpointIO
 from agcl.checkpoints import last_whole, look_into
 
@@ -117,28 +117,55 @@ def test_a_full_disk_ends_the_run_with_one_line_that_names_the_last_good_checkpo
 
 
 # Each task takes four steps, two an epoch.
-@pytest.mark.parametrize("limit", [3, pytest.param(7, marks=pytest.mark.slow)])
-def test_a_run_that_a_limit_has_ended_goes_on_without_it(dropout_folder, task_files, tmp_path, limit):
-    configs = [config_for(dropout_folder, task_files[:2], tmp_path / name, epochs=2) for name in ("straight", "short")]
-    for config in configs:  # the gate lags behind by no step, so that where it ends makes no difference
-        content = yaml.safe_load(config.read_text())
-        content["trainer"]["callbacks"][0]["init_args"]["directions"] = {"every": 1}
-        config.write_text(yaml.safe_dump(content))
-    straight, short = (config.parent / "run" / "version_0" for config in configs)
-    assert run_forked(configs[0])[0] == 0
-    assert run_forked(configs[1], "--trainer.max_steps", str(limit))[0] == 0
+@pytest.mark.parametrize("limit", [3, *(pytest.param(limit, marks=pytest.mark.slow) for limit in (5, 6, 7))])
+def test_a_run_that_a_limit_has_ended_goes_on_without_it(dropout_folder, task_files, tmp_path, straight, limit):
+    config = config_for(dropout_folder, task_files[:2], tmp_path / "short", epochs=2)
+    short = config.parent / "run" / "version_0"
+    assert run_forked(config, "--trainer.max_steps", str(limit))[0] == 0
     unlearned = limit // 4
     assert (short / "scores.csv").read_text().splitlines()[2 + unlearned] == f"task{unlearned},,"
     assert len(list((short / "importance").glob("0*"))) == unlearned
-    status, output, _ = run_forked(configs[1])
+    assert look_into(short / "checkpoints" / "last.ckpt")["global_step"] == limit
+    status, output, _ = run_forked(config)
     assert status == 0, output
     assert list(short.parent.iterdir()) == [short]
-    assert_same(short, straight)
+    assert_same(short, straight[0])
 
 
-def test_a_task_that_a_limit_cuts_short_is_not_taken_for_learned(llama_folder, task_files, tmp_path):
-    with pytest.warns(UserWarning, match="ended before `task0`, `task1` was learned to its end"):
-        fit(llama_folder, task_files, tmp_path, max_steps=5)
+class StopAt(Callback):
+    """Tells the Trainer to stop, as a time limit does."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_end(self, trainer, *args):
+        trainer.should_stop = trainer.should_stop or trainer.global_step == self.step
+
+
+# Each task takes six steps, three an epoch.
+@pytest.mark.parametrize("step", [5, pytest.param(2, marks=pytest.mark.slow), pytest.param(11, marks=pytest.mark.slow)])
+def test_a_task_that_a_time_limit_cuts_short_is_not_scored_and_learned_to_its_end_later(
+    dropout_folder, task_files, tmp_path, knowing, step
+):
+    def run(folder, *callbacks, **options):
+        return fit(dropout_folder, task_files, folder, *callbacks, enable_checkpointing=True, **options)
+
+    parts = [attribution, ContinualMonitor, lambda: ModelCheckpoint(filename="last", enable_version_counter=False)]
+    straight = run(tmp_path / "straight", *(part() for part in parts))
+    stopped = [part() for part in parts]
+    with pytest.warns(UserWarning, match="ended before .*`task1` was learned to its end"):
+        model = run(tmp_path / "short", *stopped, StopAt(step))
+    unlearned = step // 6
+    assert model.unlearned == ["task0", "task1"][unlearned:]
+    assert model.score_matrices["score"].compute()[unlearned + 1 :].isnan().all()
+    assert stopped[0].num_boundaries == unlearned
+    assert len(stopped[1].state_dict()["plasticity"]) == unlearned
+    (path,) = (tmp_path / "short").rglob("last.ckpt")
+    assert look_into(path)["global_step"] == model.trainer.global_step
+    resumed = run(tmp_path / "short", *(part() for part in parts), ckpt_path=path)
+    assert torch.equal(*(model.score_matrices["nll"].compute() for model in (straight, resumed)))
+    for name, parameter in weights(straight).items():
+        assert torch.equal(parameter, weights(resumed)[name]), name
 
 
 # ------------------------------------------------------------------ signals

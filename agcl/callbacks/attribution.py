@@ -328,6 +328,8 @@ class AttributionCallback(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         """At a task boundary: importance of the task just learned, running maximum, new gate."""
+        if not trainer.is_last_batch:  # a limit has cut the epoch short; a resumed run goes on within it
+            return
         self._close_directions()  # before weights are saved
         if pl_module.ends_task:
             self._pass_boundary(trainer, pl_module, pl_module.tasks.index_at(trainer.current_epoch))
@@ -337,6 +339,10 @@ class AttributionCallback(Callback):
         self._close_directions()
         if self._gates_pairs(pl_module) and trainer.state.fn != TrainerFn.FITTING:  # a checkpoint may have been loaded
             activate(pl_module.model)
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Leave the weights as the gate has them, also where a limit has ended the training within an epoch."""
+        self._close_directions()
 
     def _close_directions(self) -> None:
         if self._directions:

@@ -74,12 +74,12 @@ class ContinualMonitor(Callback):
         """The last task is learned: keep what there is to show in the checkpoint of its last epoch."""
         attribution, num_tasks = _attribution(trainer), len(pl_module.tasks)
         is_behind = attribution is not None and attribution.num_boundaries < num_tasks  # its turn is yet to come
-        if trainer.current_epoch + 1 == trainer.max_epochs and not is_behind:
+        if pl_module.ends_task and trainer.current_epoch + 1 == trainer.max_epochs and not is_behind:
             self._log(trainer, pl_module, pl_module.tasks[-1].name)
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """The last task is learned."""
-        if (last := pl_module.tasks[-1].name) not in self._plasticity:
+        """The last task is learned, unless a limit has ended the training before."""
+        if (last := pl_module.tasks[-1].name) not in self._plasticity and not pl_module.unlearned:
             self._log(trainer, pl_module, last)
 
     def _log(self, trainer: Trainer, pl_module: Any, task: str) -> None:

@@ -90,8 +90,9 @@ class StopOnSignal(Callback):
         self._listen_no_more()
 
     def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Take the checkpoint of an earlier interruption away."""
-        if self.path is not None and self.path.exists():
+        """Take the checkpoint of an earlier interruption away, once the run has come to its end."""
+        is_at_end = trainer.current_epoch == trainer.max_epochs and trainer.is_last_batch  # not at a limit
+        if is_at_end and self.path is not None and self.path.exists():
             trainer.strategy.remove_checkpoint(self.path)
 
     def _must_stop(self, trainer: Trainer) -> bool:

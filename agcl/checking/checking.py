@@ -157,7 +157,10 @@ def _datamodule(found: Check, config: Any) -> ContinualDataModule | None:
         data = build(ContinualDataModule, values)
     if data is None:  # its tasks may be looked at all the same
         try:
-            data = build(ContinualDataModule, {**values, "order": None, "replay": None, "evaluate_on": "test"})
+            has_chats = any(task.get("init_args", task).get("messages") for task in values["tasks"])
+            values |= {"order": None, "replay": None, "evaluate_on": "test", "truncation": "error"}
+            values["chat_template"] = values["chat_template"] or has_chats
+            data = build(ContinualDataModule, values)
         except AgclError:
             return None
     with found.collecting():

@@ -52,10 +52,14 @@ data:
   data_dir: {folder_scalar}
   batch_size: 8
   # max_length: 512  # longest row in tokens; the model's context if left out
-  # truncation: left  # cut the beginning of longer prompts, which are refused otherwise
-  {chat_template}  # for a model that was trained to chat: prompt and answer become the turns of its template
+{chat_template}
   tasks:  # in the order of learning
 """
+_CHATS = """\
+  chat_template: true  # for a model that was trained to chat: prompt and answer become the turns of its template"""
+_NO_CHATS = f"""\
+  # truncation: left  # cut the beginning of longer prompts, which are refused otherwise
+  # {_CHATS.strip()}"""
 
 
 def configuration_text(drafts: Sequence["Draft"], folder: str, file: str, name: str, model_name_or_path: str) -> str:
@@ -76,7 +80,7 @@ def configuration_text(drafts: Sequence["Draft"], folder: str, file: str, name: 
         name=_scalar(name),
         model=_scalar(model_name_or_path),
         version=__version__,
-        chat_template=f"{'' if has_chats else '# '}chat_template: true",
+        chat_template=_CHATS if has_chats else _NO_CHATS,
     )
     return head + "".join(_task_text(draft) for draft in drafts)
 

@@ -1,9 +1,9 @@
-"""A row as a chat: its prompt is the user's turn, its answer the assistant's, in the chat template of the model."""
+"""A row as a chat, in the chat template of the model: prompt and answer become its turns, or it is one already."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from datasets import Value
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from agcl.errors import AgclError
@@ -12,43 +12,53 @@ Turn = dict[str, Any]
 """``role``, ``content``, and whatever else a template knows of."""
 _ANSWER = "the answer 5d0c"  # what no template says by itself, to see what it puts around an answer
 _KEYS = (("role", "content"), ("from", "value"))
-_ROLES = {"human": "user", "gpt": "assistant"}  # where the keys are "from" and "value"
+_ROLES = {"human": "user", "gpt": "assistant", "model": "assistant"}
 
 
-def holds_turns(feature: Any) -> bool:
-    """Whether a column of a data set holds chats: lists of turns, each with its ``role`` and ``content`` as text.
+def holds_chats(rows: Dataset, column: str) -> bool:
+    """Whether a column holds chats: lists of turns, each with its ``role`` and ``content`` as text.
 
-    The names ``from`` and ``value`` for these count as well, with the roles ``human`` and ``gpt``.
-
-    Args:
-        feature: The column's type, from ``Dataset.features``.
+    The names ``from`` and ``value`` for these count as well. The first value that is there decides: where turns differ
+    in what they have beside these, the column's type does not say what it holds.
     """
-    turn = getattr(feature, "feature", None)  # of a list
-    texts = (Value("string"), Value("large_string"))
-    return isinstance(turn, Mapping) and any(all(turn.get(key) in texts for key in keys) for keys in _KEYS)
+    values = (row[column] for row in rows.select_columns(column))
+    first = next((value for value in values if value), None)
+    return isinstance(first, list) and all(isinstance(turn, Mapping) and _is_turn(turn) for turn in first)
 
 
 def split_chat(turns: Sequence[Mapping[str, Any]] | None) -> tuple[list[Turn], str]:
     """A chat up to its last answer, and that answer.
 
     Args:
-        turns: As :func:`holds_turns` describes them. What a turn does not have may be None.
+        turns: As :func:`holds_chats` describes them. What a turn does not have may be None.
 
     Returns:
-        The turns before the last one, and the last one's text: empty if it is not the assistant's, or there is none.
+        The turns before the last one, and the last one's text. It is empty unless the last turn is the assistant's, of
+        text alone, and answers something.
     """
-    known = [_as_turn(turn) for turn in turns or ()]
-    if not known or known[-1]["role"] != "assistant":
-        return known, ""
-    return known[:-1], str(known[-1].get("content", ""))
+    known = [_as_turn(turn) for turn in turns or () if turn]
+    before, last = known[:-1], known[-1] if known else {}
+    is_answer = last.get("role") == "assistant" and "tool_calls" not in last
+    is_asked = any(turn["role"] != "system" for turn in before)
+    return before, str(last.get("content", "")) if is_answer and is_asked else ""
+
+
+def _is_turn(turn: Mapping[str, Any]) -> bool:
+    return any(role in turn and isinstance(turn.get(text, 0), str | None) for role, text in _KEYS)
 
 
 def _as_turn(turn: Mapping[str, Any]) -> Turn:
-    filled = {key: value for key, value in turn.items() if value is not None}
-    if "from" in filled:
-        role = filled.pop("from")
-        filled |= {"role": _ROLES.get(role, role), "content": filled.pop("value", "")}
-    return {"role": "", **filled}
+    filled = _filled(turn)
+    if "role" not in filled:
+        filled |= {"role": filled.pop("from", ""), "content": filled.pop("value", "")}
+    return {**filled, "role": _ROLES.get(filled["role"], filled["role"])}
+
+
+def _filled(value: Any) -> Any:
+    """Without what is None in it, as a table writes what a turn does not have."""
+    if isinstance(value, Mapping):
+        return {key: _filled(item) for key, item in value.items() if item is not None}
+    return [_filled(item) for item in value] if isinstance(value, list) else value
 
 
 class ChatTurns:
@@ -72,8 +82,8 @@ class ChatTurns:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, system_prompt: str | None = None) -> None:
         if tokenizer.chat_template is None:
             raise AgclError(
-                "`chat_template` is set, but the model's tokenizer has none: leave it out, or take a model that was "
-                "trained to chat."
+                "`chat_template` is set, but the model's tokenizer has none: take a model that was trained to chat, or "
+                "leave it out (which tasks with `messages` cannot)."
             )
         self._tokenizer = tokenizer
         self._first = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]

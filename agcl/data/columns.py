@@ -8,7 +8,7 @@ from typing import Literal
 
 from datasets import ClassLabel, Dataset, Value
 
-from agcl.data.chat import holds_turns, split_chat
+from agcl.data.chat import holds_chats, split_chat
 from agcl.data.sources import is_empty
 from agcl.data.tasks import class_names
 from agcl.errors import AgclError
@@ -31,6 +31,7 @@ _IDENTIFIERS = ("id", "idx", "index", "uid", "uuid", "guid")
 MAX_LABELS = 20
 """An answer with more distinct values is not taken for a label."""
 _MAX_LABEL_CHARACTERS = 40
+_CHAT = "lists of turns"
 
 
 @dataclass
@@ -88,10 +89,9 @@ def guess_columns(splits: Mapping[str, Dataset]) -> list[Column]:
         AgclError: If there are not two usable columns.
     """
     columns = _measure(splits)
-    features = next(iter(splits.values())).features
     for column in columns:
-        if holds_turns(features[column.name]) and column.num_values:
-            column.role, column.reason = "chat", "lists of turns"
+        if column.reason == _CHAT and column.num_values:
+            column.role = "chat"
             return columns
     usable = [column for column in columns if not _refuse(column)]
     if len(usable) < 2:
@@ -109,7 +109,7 @@ def _measure(splits: Mapping[str, Dataset]) -> list[Column]:
     columns = []
     first = next(iter(splits.values()))
     for name, feature in first.features.items():
-        is_chat = holds_turns(feature)
+        is_chat = holds_chats(first, name)
         counts: Counter[str] = Counter()
         num_empty = 0
         for rows in splits.values():
@@ -121,7 +121,9 @@ def _measure(splits: Mapping[str, Dataset]) -> list[Column]:
                 else:
                     counts[str(text)] += 1
         columns.append(Column(name, counts.total(), num_empty, counts))
-        if not isinstance(feature, (Value, ClassLabel)):
+        if is_chat:
+            columns[-1].reason = _CHAT if counts else "chats without an answer, not text"
+        elif not isinstance(feature, (Value, ClassLabel)):
             columns[-1].reason = f"{type(feature).__name__.lower()}, not text"
     return columns
 

@@ -1,18 +1,19 @@
 """Rows that are there twice, or contradict each other."""
 
 import warnings
+from collections.abc import Sequence
 
 
 class Repeats:
     """Counts rows that were there already, and those that contradict an earlier one."""
 
     def __init__(self) -> None:
-        self._answers: dict[int, set[int]] = {}  # of each prompt; hashes, since texts may be long
+        self._answers: dict[int, set[int]] = {}  # of each prompt; hashes, since prompts may be long
         self.same = self.contradicting = 0
 
-    def add(self, prompt: str, answer: str) -> None:
+    def add(self, prompt_ids: Sequence[int], answer: str) -> None:
         """Take in the next row."""
-        answers = self._answers.setdefault(hash(prompt), set())
+        answers = self._answers.setdefault(hash(tuple(prompt_ids)), set())
         if hash(answer) in answers:
             self.same += 1
         elif answers:

@@ -13,7 +13,7 @@ import datasets
 import pandas
 from datasets import ClassLabel, Dataset, Features, ReadInstruction, Value, concatenate_datasets
 
-from agcl.data.chat import holds_turns, split_chat
+from agcl.data.chat import holds_chats, split_chat
 from agcl.errors import AgclError, raise_any
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def load_rows(task: Task, split: str, columns: Sequence[str]) -> Dataset:
         for column in columns
         if column != task.messages and not isinstance(rows.features[column], (Value, ClassLabel))
     )
-    if task.messages in columns and not holds_turns(rows.features[task.messages]):
+    if task.messages is not None and task.messages in columns and not holds_chats(rows, task.messages):
         raise AgclError(
             f"Task `{task.name}`: column `{task.messages}` of {task.source} holds no chats, which are lists of turns "
             "with their `role` and `content` as text; bring it into this form, or use `prompt` and `answer`."
@@ -111,8 +111,8 @@ def load_rows(task: Task, split: str, columns: Sequence[str]) -> Dataset:
 
 
 def _naming_chats(rows: Dataset) -> str:
-    chats = [f"`messages: {column}`" for column, feature in rows.features.items() if holds_turns(feature)]
-    return f", or use {' or '.join(chats)}, which reads chats," if chats else ""
+    chats = [f"`messages: {column}`" for column in rows.column_names if holds_chats(rows, column)]
+    return f", or read its chats by {' or '.join(chats)}" if chats else ""
 
 
 def is_empty(value: Any) -> bool:

@@ -47,9 +47,6 @@ class Task:
         prompt: Template of the prompt; ``{column}`` is replaced by the row's value.
         answer: Template of the answer. It is joined to the prompt as it stands, so it usually starts with a space (in
             a chat it makes no difference); the tokenizer's end-of-sequence token is added.
-        messages: Column of chats, lists of turns with ``role`` and ``content``, in the place of ``prompt`` and
-            ``answer``: a chat's last turn, the assistant's, is the answer, the turns before it are the prompt. Needs
-            the data module's ``chat_template``.
         subset: The hub data set's configuration, if it has several.
         where: Take only rows that hold these values, by column (``{task: 3}``; of a list, any). Splits are sliced after
             that: ``train[:64]`` are the first 64 of these rows.
@@ -71,6 +68,9 @@ class Task:
         max_answer_tokens: Longer answers are cut to so many tokens before they are learned (but not before a generated
             answer is compared with them); ``truncation`` is about prompts alone.
         max_new_tokens: Length limit of generated answers in tokens. Without it, that of the longest right answer.
+        messages: Column of chats, lists of turns with ``role`` and ``content`` (or ``from`` and ``value``), in the
+            place of ``prompt`` and ``answer``: a chat's last turn, the assistant's, is the answer, the turns before it
+            are the prompt. Needs the data module's ``chat_template``.
 
     Raises:
         AgclError: If values are not usable, with a message for each; it names the task.
@@ -80,7 +80,6 @@ class Task:
     source: str | dict[str, str]
     prompt: str = "{prompt}"
     answer: str = " {answer}"
-    messages: str | None = None
     subset: str | None = None
     where: dict[str, Any] = field(default_factory=dict)
     drop_empty: bool = False
@@ -94,6 +93,7 @@ class Task:
     substitutions: dict[str, str] = field(default_factory=dict)
     max_answer_tokens: int | None = None
     max_new_tokens: int | None = None
+    messages: str | None = None
 
     def __post_init__(self) -> None:
         problems = [f"Task `{self.name}`: {problem}" for problem in self._problems()]
@@ -276,9 +276,9 @@ class AnswerEncoder:
 
         def encode(row: dict[str, Any], index: int) -> dict[str, Any]:
             where, values = f"row {index} of `{split}`", named(row)
-            encoded = self.cut(task, self.tokenise(task, values, prompt, where), where)
-            repeats.add(str(task.split_row(values, prompt)[0]), encoded["answer"])
-            return encoded
+            tokens = self.tokenise(task, values, prompt, where)
+            repeats.add(tokens.prompt_ids, tokens.answer)
+            return self.cut(task, tokens, where)
 
         with quiet_datasets():
             try:
@@ -302,18 +302,19 @@ class AnswerEncoder:
             where: What the row is called in messages.
 
         Raises:
-            AgclError: For each empty or missing value, or for a label outside the declared set.
+            AgclError: For each empty or missing value, a chat without an answer or that its template refuses, or a
+                label outside the declared set.
         """
         raise_any(
             f"Task `{task.name}`: column `{column}` is empty in {where}; `drop_empty` leaves such rows out."
             for column in columns_of(task, prompt)
-            if is_empty(row[column])
+            if column != task.messages and is_empty(row[column])
         )
         question, answer = task.split_row(row, prompt)
         if is_empty(answer):
             raise AgclError(
-                f"Task `{task.name}`: the chat in {where} does not end in an answer of the assistant's; `drop_empty` "
-                "leaves such rows out."
+                f"Task `{task.name}`: the chat in {where} does not end in an answer of the assistant's, a turn of text "
+                "alone after another's; `drop_empty` leaves such rows out."
             )
         label = -1
         if task.labels is not None:
@@ -328,7 +329,11 @@ class AnswerEncoder:
         if self.truncation == "error" and characters > self._max_characters:  # whose tokens would take minutes to count
             size = f"a prompt of {characters} characters, more than {self.max_length} tokens hold"
             raise self._too_long(task, where, size)
-        tokens = TokenisedRow(self.encode_prompt(question), self.encode_answer(answer), answer, label)
+        try:
+            prompt_ids = self.encode_prompt(question)
+        except AgclError as error:  # a chat's template
+            raise AgclError(f"Task `{task.name}`: {where}: {error}") from error
+        tokens = TokenisedRow(prompt_ids, self.encode_answer(answer), answer, label)
         largest = max([*tokens.prompt_ids, *tokens.answer_ids])
         if self.vocab_size is not None and largest >= self.vocab_size:
             raise AgclError(

@@ -51,6 +51,15 @@ def test_rows_are_shown_as_the_model_sees_them(llama_folder, task_files, tmp_pat
     assert "2 + 0" in text_of(found)
 
 
+def test_chats_without_a_template_are_a_problem_and_looked_at_all_the_same(llama_folder, task_files, tmp_path):
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    files = [write_rows(tmp_path / "chats.jsonl", [{"m": chat}]), *task_files[1:]]
+    found = checked(write_config(llama_folder, files, tmp_path, data__tasks__0__messages="m"))
+    assert any("set `chat_template: true`" in problem for problem in found.problems)
+    assert any("tokenizer has none" in problem for problem in found.problems)
+    assert found.tasks[0].splits[0].num_rows == 1
+
+
 def test_labels_and_what_is_seldom_meant(llama_folder, task_files, tmp_path):
     changes = {
         "labels": ["a", "b", "c", "d", "e"],

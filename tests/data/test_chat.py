@@ -2,7 +2,7 @@ import pytest
 from conftest import character_tokenizer, write_rows
 from tokenizers import normalizers
 
-from agcl.data.chat import ChatTurns
+from agcl.data.chat import ChatTurns, split_chat
 from agcl.data.datamodule import ContinualDataModule
 from agcl.data.tasks import AnswerEncoder, Probe, Task
 from agcl.errors import AgclError
@@ -91,16 +91,59 @@ def test_the_last_turn_of_a_chat_is_the_answer_and_those_before_it_the_prompt(tm
         ("<s>s f<eos> " + WRITTEN, "d<eos>", "d"),
     ]
     assert encoded_chats(tmp_path, [{"m": named}]) == [("<s>u a<eos> <s>a ", "b<eos>", "b")]
+    roles = [{"role": "human", "content": "a", "from": "here"}, {"role": "model", "content": "b", "from": "there"}]
+    assert encoded_chats(tmp_path, [{"m": roles}]) == [("<s>u a<eos> <s>a ", "b<eos>", "b")]
+
+
+def test_turns_may_differ_in_what_they_have_beside_role_and_content(tmp_path):
+    called = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    chat = [CHAT[0], called, {"role": "tool", "content": "e", "id": 1}, CHAT[3] | {"weight": 1}]
+    ((prompt, answer, _),) = encoded_chats(tmp_path, [{"m": None}, {"m": chat}], drop_empty=True)
+    assert prompt == "<s>u a<eos> <s>a <eos> <s>t e<eos> <s>a "  # this template does not write the call
+    assert answer == "d<eos>"
+
+
+def test_what_a_turn_does_not_have_is_not_shown_to_the_template():
+    call = {"name": "f", "arguments": {"x": 1, "y": None}}
+    turns = [{"role": "user", "content": "a", "tool_calls": None}, CHAT[1] | {"tool_calls": [call]}, CHAT[2], CHAT[3]]
+    before, answer = split_chat(turns)
+    assert before[0] == {"role": "user", "content": "a"}
+    assert before[1]["tool_calls"] == [{"name": "f", "arguments": {"x": 1}}]
+    assert answer == " d"
+
+
+def test_a_row_that_its_template_refuses_is_named(tmp_path):
+    known = tokenizer(CHATML + "{% if messages | length > 2 %}{{ raise_exception('too long') }}{% endif %}")
+    task = Task("t", str(write_rows(tmp_path / "a.jsonl", [{"m": CHAT[:2]}, {"m": CHAT}])), messages="m")
+    encoder = AnswerEncoder(known, 64, chat=ChatTurns(known))
+    with pytest.raises(AgclError, match=r"Task `t`: row 1 of `train`: The model's chat template refuses.*: too long"):
+        encoder.encode_rows(task, "train", task.prompt)
 
 
 def test_chats_whose_answers_are_labels(tmp_path):
-    assert len(encoded_chats(tmp_path, [{"m": CHAT}], metric="label_accuracy", labels=["d", "e"])) == 1
+    known = tokenizer(CHATML)
+    task = Task(
+        "t",
+        str(write_rows(tmp_path / "a.jsonl", [{"m": CHAT}])),
+        messages="m",
+        metric="label_accuracy",
+        labels=["e", "d"],
+    )
+    (row,) = AnswerEncoder(known, 64, chat=ChatTurns(known)).encode_rows(task, "train", task.prompt)
+    assert row["label"] == 1
     with pytest.raises(AgclError, match=r"has the label 'd', which is not among `labels` \(e\)"):
         encoded_chats(tmp_path, [{"m": CHAT}], metric="label_accuracy", labels=["e"])
     assert Task("t", "a.jsonl", messages="m").label_answer("e") == "e"
 
 
-@pytest.mark.parametrize("chat", [[], CHAT[:3], [*CHAT[:3], {"role": "assistant", "content": None}], None])
+@pytest.mark.parametrize(
+    "chat",
+    [
+        *([], None, CHAT[:3], CHAT[1:2], [{"role": "system", "content": "e"}, CHAT[1]]),
+        [*CHAT[:3], {"role": "assistant", "content": None}],
+        [*CHAT[:3], CHAT[3] | {"tool_calls": [{"name": "f"}]}],
+    ],
+)
 def test_a_chat_without_an_answer_is_refused_or_left_out(tmp_path, chat):
     rows = [{"m": CHAT}, {"m": chat}]
     with pytest.raises(AgclError, match=r"Task `t`.* row 1 of `train`"):
@@ -147,7 +190,7 @@ def test_system_prompt_comes_first(tmp_path):
 @pytest.mark.parametrize(
     ("template", "system_prompt", "message"),
     [
-        (None, None, "has none: leave it out, or take a model that was trained to chat"),
+        (None, None, "has none: take a model that was trained to chat, or leave it out"),
         (CHATML.replace("<s>a ", "<t>"), None, "writes an answered question otherwise"),
         ("{{ messages[0].content }}", None, "writes an answered question otherwise"),
         (CHATML + "{{ raise_exception('no\nsystem turn') }}", "be kind", "refuses the turns: no system turn"),

@@ -178,6 +178,16 @@ def test_without_a_checkpoint_of_the_task_the_remedy_is_named(tmp_path):
         find_trained(hand_made_run(tmp_path / "joint", regime="joint"), "a")
 
 
+def test_a_run_that_ended_early_has_no_model_of_what_it_did_not_learn(tmp_path):
+    folder = hand_made_run(tmp_path / "run", scores=[[0.0, 0.0], [1.0, None], [None, None]])
+    with pytest.raises(AgclError, match="has not learned `b` to its end"):
+        find_trained(folder, "b")
+    with pytest.raises(AgclError, match="end of task `a`"):  # not what is in model/
+        find_trained(folder)
+    with pytest.raises(AgclError, match="has not learned a task"):
+        find_trained(hand_made_run(tmp_path / "none", scores=[[0.0, 0.0], [None, None], [None, None]]))
+
+
 def test_importance_is_the_latest_of_each_task_learned(tmp_path):
     folder = hand_made_run(tmp_path / "run", tasks=["a", "b"])
     levels = {"weight": torch.zeros(4, 4, dtype=torch.uint8), "other": torch.ones(4, 4, dtype=torch.uint8)}
