@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.plugins import MixedPrecision, Precision
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import GradClipAlgorithmType, rank_zero_warn
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from torchmetrics import MetricCollection
@@ -190,11 +191,17 @@ class ContinualLM(LightningModule):
     # ---------------------------------------------------------------- training
 
     def on_fit_start(self) -> None:
-        """Check that rows were made into this model's tokens.
+        """Check that rows were made into this model's tokens, and that gradients can be clipped if they are to be.
 
         Raises:
             AgclError: If not.
         """
+        is_scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        if is_scaled and self.trainer.gradient_clip_val and _is_fused(self.trainer.optimizers[0]):
+            raise AgclError(
+                "Under 16-mixed precision a fused optimizer unscales gradients inside of its step, so that they cannot "
+                "be clipped before: set `fused: false`, or precision bf16-mixed."
+            )
         other = self._data.model_name_or_path
         if other != self.model_name_or_path and self._data.tokenizer.get_vocab() != self.tokenizer.get_vocab():
             raise AgclError(
@@ -251,6 +258,20 @@ class ContinualLM(LightningModule):
             "nothing more is learned or saved. Lower the learning rate, set `trainer.gradient_clip_val`, or take more "
             "precision (bf16-mixed, 32-true), then go on from an earlier checkpoint."
         )
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip as the Trainer says, under bf16-mixed also before fused optimizers: nothing is scaled there."""
+        plugin = self.trainer.precision_plugin
+        if isinstance(plugin, MixedPrecision) and plugin.scaler is None:
+            algorithm = GradClipAlgorithmType(gradient_clip_algorithm or "norm")
+            Precision.clip_gradients(plugin, optimizer, gradient_clip_val or 0.0, algorithm)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Score no task that is stopped in the midst of its last epoch, as a time limit does; Lightning would."""
@@ -482,6 +503,10 @@ class ContinualLM(LightningModule):
 def matrix_name(kind: str, probe: str | None) -> str:
     """Key of a score matrix: ``score`` or ``nll``, followed by the probe's name where it is one's."""
     return kind if probe is None else f"{kind}/{probe}"
+
+
+def _is_fused(optimizer: Optimizer) -> bool:
+    return any(group.get("fused") for group in optimizer.param_groups)
 
 
 def _reopen_epoch(checkpoint: dict[str, Any]) -> None:

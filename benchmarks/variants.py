@@ -129,7 +129,10 @@ VARIANTS = {  # settings of the gate, what is put in place of the package's own
     "one threshold": ({"sharpness": 1.0}, one_threshold),
 }
 REPLAY = {"data.replay": {"share": 0.5, "buffer_size": 4}}  # 3 % of the quick start's rows
-SGD = {"model.optimizer": {"class_path": "torch.optim.SGD", "init_args": {"momentum": 0.9, "weight_decay": 0.0}}}
+NOT_CLIPPED = {
+    "model.optimizer": {"class_path": "torch.optim.SGD", "init_args": {"momentum": 0.9, "weight_decay": 0.0}}
+}
+SGD = NOT_CLIPPED | {"trainer.gradient_clip_val": 1.0}
 RIVALS = {  # method's configuration, settings
     "plain fine-tuning": ("method/sequential.yaml", {}),
     "22 blocks frozen": ("method/layer_freezing.yaml", {FREEZING: 22}),
@@ -145,6 +148,7 @@ RIVALS = {  # method's configuration, settings
     "by entry, scored anew": ("method/agcl_reestimated.yaml", {}),
     "by entry, mean over tasks": ("method/agcl_entries.yaml", {f"{CALLBACK}.merge": "mean"}),
     "by entry, probabilistic or": ("method/agcl_entries.yaml", {f"{CALLBACK}.merge": "probabilistic_or"}),
+    "SGD, not clipped": ("method/sequential.yaml", NOT_CLIPPED),
     "SGD": ("method/sequential.yaml", SGD),
     "SGD, gradient gate": ("method/agcl_entries.yaml", SGD | {f"{CALLBACK}.gate": "gradient"}),
     "SGD, by direction": ("method/agcl.yaml", SGD),

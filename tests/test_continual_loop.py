@@ -12,6 +12,7 @@ from conftest import save_tiny_model
 from helpers import EPOCHS, CrashAt, CrashError, attribution, build, trainer_for, weights
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins import MixedPrecision
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from agcl.attribution import load_importance
@@ -34,6 +35,30 @@ class Recorder(Callback):
         optimizer = trainer.optimizers[0]
         self.steps.append((trainer.current_epoch, batch["input_ids"].clone(), optimizer.param_groups[0]["lr"]))
         self.state_sizes.append(len(optimizer.state))
+
+
+def moved_in_a_step(folder, files, run_dir, **options):
+    model, data = build(folder, files[:1], optimizer=partial(torch.optim.SGD, lr=1.0, fused=True))
+    before = {}
+
+    class Remember(Callback):
+        def on_train_start(self, trainer, pl_module):
+            before.update(weights(model))
+
+    trainer_for(data, run_dir, [Remember()], max_steps=1, **options).fit(model, datamodule=data)
+    squares = [(after - before[name]).square().sum() for name, after in weights(model).items()]
+    return float(sum(squares)) ** 0.5
+
+
+def test_gradients_are_clipped_under_mixed_precision_before_a_fused_optimizers_step(llama_folder, task_files, tmp_path):
+    options = {"gradient_clip_val": 1e-3}
+    free = moved_in_a_step(llama_folder, task_files, tmp_path, precision="bf16-mixed")
+    clipped = moved_in_a_step(llama_folder, task_files, tmp_path, precision="bf16-mixed", **options)
+    assert clipped == pytest.approx(moved_in_a_step(llama_folder, task_files, tmp_path, **options), rel=1e-3)
+    assert clipped < 1e-3 < 0.1 * free
+    scaled = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu"))
+    with pytest.raises(AgclError, match=r"fused optimizer unscales gradients inside of its step.*`fused: false`"):
+        moved_in_a_step(llama_folder, task_files, tmp_path, plugins=[scaled], **options)
 
 
 def test_each_epoch_serves_its_task_once(llama_folder, task_files, tmp_path):
