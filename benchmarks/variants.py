@@ -152,6 +152,7 @@ RIVALS = {  # method's configuration, settings
     "SGD": ("method/sequential.yaml", SGD),
     "SGD, gradient gate": ("method/agcl_entries.yaml", SGD | {f"{CALLBACK}.gate": "gradient"}),
     "SGD, by direction": ("method/agcl.yaml", SGD),
+    "SGD, SPG": ("method/spg.yaml", SGD),
 }
 ESTIMATORS = {  # each as a gate by entry: configuration, estimator
     "AttnLRP, squared": ("agcl_entries", None),

@@ -25,8 +25,8 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "directions": ("plasticity", "every"),
 }
 RECORDED, TRAINED = "recorded step", "task being learned"  # what a gate of `benchmarks/weights.py` is on
-# Of `benchmarks/variants.py`: an estimator's ranks, and another option of the gate by AttnLRP's.
-BY_RANK, OTHER = "by rank of ", "by rank, "
+# Of `benchmarks/variants.py`: an estimator's ranks, another option of the gate by AttnLRP's, another optimizer.
+BY_RANK, OTHER, SGD = "by rank of ", "by rank, ", "SGD"
 NUMBERS = (*(metric.replace("_", " ") for metric in METRICS), "old loss", "English")
 Row = tuple[object, ...]
 Kinds = dict[str, dict[float, dict[str, Any]]]  # way to weigh -> plasticity -> row of `benchmarks/weights.py`
@@ -116,13 +116,20 @@ def gates() -> str:
 
 
 def variants() -> str:
-    """Rows of `benchmarks/variants.py`, but for the gates by rank."""
+    """Rows of `benchmarks/variants.py`, but for the gates by rank and for SGD."""
     rows: list[Row] = [
         (row["tasks"], row["variant"], f"{row['lr']:g}", *_numbers(row))
         for row in _lines("variants")
-        if not row["variant"].startswith((BY_RANK, OTHER))
+        if not row["variant"].startswith((BY_RANK, OTHER, SGD))
     ]
     return _table(("tasks", "variant", "learning rate", *NUMBERS), rows)
+
+
+def sgd() -> str:
+    """Rows of `benchmarks/variants.py` that are trained by SGD."""
+    found = [row for row in _lines("variants") if row["variant"].startswith(SGD)]
+    rows: list[Row] = [(row["variant"], f"{row['lr']:g}", row["seed"], *_numbers(row)) for row in found]
+    return _table(("trained by", "learning rate", "seed", *NUMBERS), rows)
 
 
 def estimators() -> str:

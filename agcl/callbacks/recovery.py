@@ -132,7 +132,10 @@ class RecoveryProbe(BesideScoring):
             optimizer.zero_grad()
             with torch.enable_grad():
                 logits, targets = answer_logits(pl_module.model, batch)
-                (token_nll(logits, targets).sum() / (targets != IGNORED_LABEL).sum()).backward()
+                loss = token_nll(logits, targets).sum() / (targets != IGNORED_LABEL).sum()
+            # As in training, backward is outside of autocast: what hooks make of gradients keeps their type.
+            with torch.autocast(pl_module.device.type, enabled=False):
+                loss.backward()
             optimizer.step()
         optimizer.zero_grad()
         after = _score(trainer, pl_module, index, others)

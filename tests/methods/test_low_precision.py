@@ -1,8 +1,9 @@
-"""The methods run in bfloat16, mixed and true, with clipping."""
+"""The methods run in bfloat16, mixed and true, with clipping, and can be probed."""
 
 import pytest
 from helpers import build, trainer_for
 
+from agcl.callbacks import RecoveryProbe
 from agcl.methods import AGEM, MIGU, OSF, LwF, OLoRA
 
 CASES = {
@@ -19,5 +20,6 @@ CASES = {
 def test_methods_run_in_low_precision(name, precision, llama_folder, task_files, tmp_path):
     method, adapter = CASES[name]
     model, data = build(llama_folder, task_files[:2], adapter=adapter)
-    trainer_for(data, tmp_path, [method()], precision=precision, gradient_clip_val=1.0).fit(model, datamodule=data)
+    callbacks = [method(), RecoveryProbe(num_rows=2)]
+    trainer_for(data, tmp_path, callbacks, precision=precision, gradient_clip_val=1.0).fit(model, datamodule=data)
     assert all(parameter.isfinite().all() for parameter in model.parameters())
