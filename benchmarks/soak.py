@@ -30,7 +30,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from agcl import AttributionCallback, ContinualDataModule, ContinualLM, Task
 from agcl.attribution import relevance
 from agcl.callbacks import ContinualMonitor, ContinualReport, StopOnSignal
-from agcl.checkpoints import AtomicCheckpointIO
+from agcl.checkpoint_io import AtomicCheckpointIO
 
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789 ?"
 
