@@ -21,5 +21,6 @@ def test_methods_run_in_low_precision(name, precision, llama_folder, task_files,
     method, adapter = CASES[name]
     model, data = build(llama_folder, task_files[:2], adapter=adapter)
     probes = [RecoveryProbe(num_rows=2)] if name == "osf" else []  # whose hooks are on what the probe learns by as well
-    trainer_for(data, tmp_path, [method(), *probes], precision=precision, gradient_clip_val=1.0).fit(model, datamodule=data)
+    options = {"precision": precision, "gradient_clip_val": 1.0}
+    trainer_for(data, tmp_path, [method(), *probes], **options).fit(model, datamodule=data)
     assert all(parameter.isfinite().all() for parameter in model.parameters())
