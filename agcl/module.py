@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.plugins import MixedPrecision, Precision
 from lightning.pytorch.trainer.states import TrainerFn
@@ -196,8 +196,7 @@ class ContinualLM(LightningModule):
         Raises:
             AgclError: If not.
         """
-        is_scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
-        if is_scaled and self.trainer.gradient_clip_val and _is_fused(self.trainer.optimizers[0]):
+        if self.trainer.gradient_clip_val and unscales_in_its_step(self.trainer):
             raise AgclError(
                 "Under 16-mixed precision a fused optimizer unscales gradients inside of its step, so that they cannot "
                 "be clipped before: set `fused: false`, or precision bf16-mixed."
@@ -505,8 +504,10 @@ def matrix_name(kind: str, probe: str | None) -> str:
     return kind if probe is None else f"{kind}/{probe}"
 
 
-def _is_fused(optimizer: Optimizer) -> bool:
-    return any(group.get("fused") for group in optimizer.param_groups)
+def unscales_in_its_step(trainer: Trainer) -> bool:
+    """Whether gradients are still scaled when the optimizer's step begins: a fused one under 16-mixed precision."""
+    is_scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+    return is_scaled and any(group.get("fused") for group in trainer.optimizers[0].param_groups)
 
 
 def _reopen_epoch(checkpoint: dict[str, Any]) -> None:

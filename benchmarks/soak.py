@@ -94,8 +94,7 @@ class Watch(Callback):
         self._since = time.process_time()
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        is_last = trainer.is_last_batch and pl_module.tasks.ends_at(trainer.current_epoch)
-        if is_last:
+        if pl_module.ends_task:
             now = time.process_time()
             self.training.append(now - self._since)
             self._since = now

@@ -76,7 +76,7 @@ class _AtTaskEnd(Callback):
         self._gatherer.begin_task(pl_module.model)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
-        if pl_module.tasks.ends_at(trainer.current_epoch):
+        if pl_module.ends_task:
             self.found = self._gatherer.gather(trainer, pl_module, 0)
 
 

@@ -10,6 +10,7 @@ from agcl.errors import AgclError
 from agcl.evidence import task_evidence
 from agcl.methods.interface import check_sequence
 from agcl.methods.quadratic import QuadraticPenalty
+from agcl.module import unscales_in_its_step
 
 
 class EWC(Callback):
@@ -72,8 +73,7 @@ class EWC(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Check optimizer, parameters and architecture before anything is trained."""
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
-        if scaler is not None and any(group.get("fused") for group in trainer.optimizers[0].param_groups):
+        if unscales_in_its_step(trainer):
             raise AgclError(
                 "Under 16-mixed precision a fused optimizer unscales all gradients inside of its step, the penalty's "
                 "too: set `fused: false`, or precision bf16-mixed."
