@@ -1,6 +1,9 @@
 """A whole continual run on a tiny model, for the tests of the loop and its callbacks."""
 
-from functools import partial
+import io
+import sys
+from contextlib import redirect_stdout
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -11,12 +14,18 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from agcl.attribution import ImportanceConfig
 from agcl.attribution.directions import shares_kept
 from agcl.callbacks import AttributionCallback, Directions
+from agcl.cli import main
 from agcl.data.datamodule import ContinualDataModule
 from agcl.data.tasks import Task
 from agcl.module import ContinualLM
 from agcl.shards import gathered
 
 EPOCHS = 3
+
+
+def slow(*cases):
+    """Cases of ``parametrize``, each a tuple of values or a single value, that only the longer tests run."""
+    return [pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.slow) for case in cases]
 
 
 class CrashError(RuntimeError):
@@ -120,6 +129,18 @@ def trainer_for(data, run_dir: Path, callbacks=(), **options):
 
 def weights(model):
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+@cache
+def printed_config(*paths):
+    """What the command line makes of configuration files laid over one another; not to be changed, for it is kept."""
+    arguments = ["fit", *(argument for path in paths for argument in ("--config", str(path))), "--print_config"]
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as printed:
+        patch.setattr(sys, "argv", ["agcl"])
+        with pytest.raises(SystemExit) as exit_info:
+            main(arguments)
+    assert exit_info.value.code == 0
+    return yaml.safe_load(printed.getvalue())
 
 
 def write_config(folder, files, run_dir, **overrides):

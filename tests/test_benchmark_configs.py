@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from helpers import printed_config, slow
 from made_up_rows import write_made_up_rows
 
 from agcl.cli import main
@@ -18,20 +19,6 @@ ORDERS = {path.stem: path for path in CONFIGS.glob("data/orders/*.yaml")}
 MODELS = {path.stem: path for path in CONFIGS.glob("model/*.yaml")}
 
 
-@pytest.fixture
-def parsed(capsys, monkeypatch):
-    """Parse configuration files as the command line does, and return what it makes of them."""
-
-    def parse(*paths):
-        monkeypatch.setattr(sys, "argv", ["agcl"])
-        with pytest.raises(SystemExit) as exit_info:
-            main(["fit", *(argument for path in paths for argument in ("--config", str(path))), "--print_config"])
-        assert exit_info.value.code == 0
-        return yaml.safe_load(capsys.readouterr().out)
-
-    return parse
-
-
 def written(path):
     """A configuration file as it stands."""
     return yaml.safe_load(path.read_text())
@@ -42,8 +29,8 @@ def task_names(name):
 
 
 @pytest.mark.parametrize("name", sorted(MODELS))
-def test_model_configurations_parse(name, parsed):
-    config = parsed(BASE, DATA["concept1k_reduced"], MODELS[name])
+def test_model_configurations_parse(name):
+    config = printed_config(BASE, DATA["concept1k_reduced"], MODELS[name])
     assert config["model"]["model_name_or_path"] == written(MODELS[name])["model"]["model_name_or_path"]
     assert [task["name"] for task in config["data"]["tasks"]] == task_names("concept1k_reduced")
 
@@ -62,9 +49,10 @@ def test_orders_are_of_the_same_tasks(name):
 IN_SMALL = ("_reduced", "_bare")
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n.endswith(IN_SMALL) else pytest.mark.slow) for n in sorted(DATA)]
-)
+LARGE = {name for name in DATA if not name.endswith(IN_SMALL)}
+
+
+@pytest.mark.parametrize("name", [*sorted(DATA.keys() - LARGE), *slow(*sorted(LARGE))])
 def test_data_configurations_learn_rows_of_their_columns(name, roomy_model, tmp_path, monkeypatch):
     config = written(DATA[name])
     write_made_up_rows(tmp_path, config["data"]["tasks"])

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers import write_config
+from helpers import printed_config, write_config
 from jsonargparse import Namespace
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -139,41 +139,33 @@ def test_unsupported_architecture_is_refused_before_training(task_files, tmp_pat
 QUICKSTART = CONFIGS / "quickstart.yaml"
 
 
-def printed_config(capsys, monkeypatch, *paths):
-    monkeypatch.setattr(sys, "argv", ["agcl"])
-    with pytest.raises(SystemExit) as exit_info:
-        main(["fit", *(argument for path in paths for argument in ("--config", str(path))), "--print_config"])
-    assert exit_info.value.code == 0
-    return yaml.safe_load(capsys.readouterr().out)
-
-
 # The benchmarks' are tested in test_benchmark_configs.py.
 RUNS = sorted([*CONFIGS.glob("quickstart*.yaml"), *CONFIGS.glob("method/*.yaml")])
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
-def test_shipped_configurations_parse(path, capsys, monkeypatch):
-    quickstart = printed_config(capsys, monkeypatch, QUICKSTART)
+def test_shipped_configurations_parse(path):
+    quickstart = printed_config(QUICKSTART)
     assert len(quickstart["data"]["tasks"]) >= 4
     if path != QUICKSTART:  # the others are laid over it
-        assert printed_config(capsys, monkeypatch, QUICKSTART, path) != quickstart
+        assert printed_config(QUICKSTART, path) != quickstart
 
 
-def test_the_overlay_of_agcl_is_the_quick_starts(capsys, monkeypatch):
-    quickstart = printed_config(capsys, monkeypatch, QUICKSTART)
-    overlay = printed_config(capsys, monkeypatch, QUICKSTART, CONFIGS / "method" / "agcl.yaml")
+def test_the_overlay_of_agcl_is_the_quick_starts():
+    quickstart = printed_config(QUICKSTART)
+    overlay = printed_config(QUICKSTART, CONFIGS / "method" / "agcl.yaml")
     assert overlay["trainer"]["callbacks"] == quickstart["trainer"]["callbacks"][:1]
 
 
-def test_the_gradient_gates_sgd_has_nothing_of_adamw(capsys, monkeypatch):
-    overlay = printed_config(capsys, monkeypatch, QUICKSTART, CONFIGS / "method" / "agcl_gradient_sgd.yaml")
+def test_the_gradient_gates_sgd_has_nothing_of_adamw():
+    overlay = printed_config(QUICKSTART, CONFIGS / "method" / "agcl_gradient_sgd.yaml")
     assert overlay["model"]["optimizer"]["class_path"] == "torch.optim.SGD"
     assert overlay["model"]["optimizer"]["init_args"]["weight_decay"] == 0.0
 
 
-def test_the_twin_differs_in_the_callbacks_alone(capsys, monkeypatch):
-    quickstart = printed_config(capsys, monkeypatch, QUICKSTART)
-    twin = printed_config(capsys, monkeypatch, QUICKSTART, CONFIGS / "quickstart_sequential.yaml")
+def test_the_twin_differs_in_the_callbacks_alone():
+    quickstart = printed_config(QUICKSTART)
+    twin = printed_config(QUICKSTART, CONFIGS / "quickstart_sequential.yaml")
     for part in ("model", "data", "seed_everything"):
         assert quickstart[part] == twin[part]
     different = {name for name, value in quickstart["trainer"].items() if value != twin["trainer"][name]}

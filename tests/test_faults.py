@@ -10,7 +10,7 @@ import signal
 import pytest
 import torch
 from conftest import save_tiny_model
-from helpers import attribution, build, trainer_for, weights
+from helpers import attribution, build, slow, trainer_for, weights
 from killing import Moments, config_for, run_forked, run_process
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -117,7 +117,7 @@ def test_a_full_disk_ends_the_run_with_one_line_that_names_the_last_good_checkpo
 
 
 # Each task takes four steps, two an epoch.
-@pytest.mark.parametrize("limit", [3, *(pytest.param(limit, marks=pytest.mark.slow) for limit in (5, 6, 7))])
+@pytest.mark.parametrize("limit", [3, *slow(5, 6, 7)])
 def test_a_run_that_a_limit_has_ended_goes_on_without_it(dropout_folder, task_files, tmp_path, straight, limit):
     config = config_for(dropout_folder, task_files[:2], tmp_path / "short", epochs=2)
     short = config.parent / "run" / "version_0"
@@ -143,7 +143,7 @@ class StopAt(Callback):
 
 
 # Each task takes six steps, three an epoch.
-@pytest.mark.parametrize("step", [5, pytest.param(2, marks=pytest.mark.slow), pytest.param(11, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [5, *slow(2, 11)])
 def test_a_task_that_a_time_limit_cuts_short_is_not_scored_and_learned_to_its_end_later(
     dropout_folder, task_files, tmp_path, knowing, step
 ):
@@ -203,8 +203,7 @@ def fit(folder, files, run_dir, *callbacks, ckpt_path=None, **options):
     [
         (signal.SIGTERM, 6, True, 1, 7),
         (signal.SIGINT, 1, False, 2, 2),
-        pytest.param(signal.SIGTERM, 2, False, 1, 3, marks=pytest.mark.slow),
-        pytest.param(signal.SIGINT, 5, False, 1, 6, marks=pytest.mark.slow),
+        *slow((signal.SIGTERM, 2, False, 1, 3), (signal.SIGINT, 5, False, 1, 6)),
     ],
 )
 def test_a_signal_saves_after_the_step_and_the_run_goes_on_from_there(

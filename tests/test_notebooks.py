@@ -7,6 +7,7 @@ import pytest
 from nbclient import NotebookClient
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 PICTURES = {"inside_a_run": 3, "compare_methods": 3, "quick_start": 2}
 
 
@@ -19,6 +20,7 @@ def client(finished_run, llama_folder):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AGCL_RUN", str(folder))
         patch.setenv("AGCL_MODEL", str(llama_folder))
+        patch.setenv("AGCL_COMPARISON", str(RESULTS / "compare_quickstart_lora"))  # which has fewer methods to draw
         client.execute(cleanup_kc=False)
     yield client
     client.nb = nbformat.v4.new_notebook()

@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import EPOCHS, CrashAt, CrashError, attribution, build, trainer_for, weights
+from helpers import EPOCHS, CrashAt, CrashError, attribution, build, slow, trainer_for, weights
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
@@ -126,7 +126,7 @@ def test_joint_schedule_counts_accumulated_and_limited_batches(llama_folder, tas
 
 @pytest.mark.parametrize("options", [JOINT, {"replay": Replay(share=0.5, buffer_size=4)}], ids=["joint", "replay"])
 # Joint epochs have 6 steps, those with replayed rows 3: in the middle of an epoch, at one's end, after the last step.
-@pytest.mark.parametrize("crash_at", [8, 12, 18])
+@pytest.mark.parametrize("crash_at", [8, *slow(12, 18)])
 def test_resumed_run_sees_the_same_batches(gpt2_folder, task_files, tmp_path, options, crash_at):
     straight, data = build(gpt2_folder, task_files, data_options=options)
     whole = Recorder()

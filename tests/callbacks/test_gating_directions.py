@@ -13,6 +13,7 @@ from helpers import (
     build,
     by_direction,
     check_budget,
+    slow,
     trainer_for,
     weights,
 )
@@ -163,10 +164,7 @@ def test_uniform_control_is_the_budget_in_every_direction(llama_folder, task_fil
 
 @pytest.mark.parametrize(
     ("crash_at", "own_text"),
-    [
-        *[(8, 0), (9, 0), (12, 0), (2, 3), (5, 3), (8, 3)],
-        *(pytest.param(step, 3, marks=pytest.mark.slow) for step in (3, 4, 6, 7, 9)),
-    ],
+    [(8, 0), (12, 0), (2, 3), (8, 3), *slow((9, 0), (3, 3), (4, 3), (5, 3), (6, 3), (7, 3), (9, 3))],
 )
 def test_resumed_run_equals_the_straight_one(llama_folder, task_files, tmp_path, knowing, crash_at, own_text):
     def callback():  # more steps from product to product than an epoch has

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import save_tiny_model
-from helpers import EPOCHS, CrashAt, CrashError, attribution, build, trainer_for, weights
+from helpers import EPOCHS, CrashAt, CrashError, attribution, build, slow, trainer_for, weights
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
@@ -100,7 +100,7 @@ def test_single_task_models_leave_the_run_as_it_was(dropout_folder, task_files, 
 
 
 # Inside task 2, and right after its last step.
-@pytest.mark.parametrize(("crash_at", "adapter"), [(8, LORA), pytest.param(12, None, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("crash_at", "adapter"), [(8, LORA), *slow((12, None))])
 def test_resuming_with_single_task_models(dropout_folder, task_files, tmp_path, knowing, crash_at, adapter):
     make, options = partial(attribution, source="single_task"), {"adapter": adapter}
     callback = make()
@@ -261,7 +261,7 @@ def test_resuming_with_kept_rows(dropout_folder, task_files, tmp_path, knowing, 
         assert metadata == files_of(resumed)[task][1]
 
 
-@pytest.mark.parametrize("crash_at", [6, 8, 12])
+@pytest.mark.parametrize("crash_at", [8, 12, *slow(6)])
 def test_resuming_where_the_estimator_looks_at_a_tasks_start(dropout_folder, task_files, tmp_path, crash_at):
     """From a checkpoint of an epoch's last batch, Lightning leaves the next epoch's start out."""
     callback = attribution(estimator=Change())

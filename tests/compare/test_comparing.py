@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import yaml
-from helpers import write_config
+from helpers import slow, write_config
 from rich.console import Console
 
 from agcl.cli import main
@@ -318,7 +318,7 @@ def run_in_this_process(runs, comparison, report):
         report(run, None, run.conclude(int(bool(status)), comparison.keep_models))
 
 
-@pytest.mark.parametrize("runner", [run_in_this_process, pytest.param(run_in_processes, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("runner", [run_in_this_process, *slow(run_in_processes)])
 def test_real_runs(llama_folder, task_files, tmp_path, monkeypatch, runner):
     """Two methods, and a third whose configuration cannot work."""
     monkeypatch.setattr("agcl.compare.comparing.run_in_processes", runner)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from datasets import ReadInstruction
+from helpers import slow
 from made_up_rows import write_made_up_rows
 
 from agcl.cli import main
@@ -90,7 +91,7 @@ QUICK = ("standard_reduced", "agcl")
 
 @pytest.mark.parametrize(
     ("comparison", "method"),
-    [pytest.param(*run, marks=() if run == QUICK else pytest.mark.slow, id="-".join(run)) for run in RUNS],
+    [QUICK, *slow(*(run for run in RUNS if run != QUICK))],
     indirect=["comparison"],
 )
 def test_each_method_runs_dry(comparison, method, roomy_model, tmp_path, monkeypatch):

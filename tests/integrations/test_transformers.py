@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import slow
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
@@ -249,8 +250,7 @@ def test_moments_of_several_tasks_count_alike(llama_folder, tmp_path):
     "options",
     [
         {"bf16": True, "max_grad_norm": 0.1},
-        pytest.param({}, marks=pytest.mark.slow),
-        pytest.param({"optim": "adafactor"}, marks=pytest.mark.slow),
+        *slow({}, {"optim": "adafactor"}),
     ],
 )
 def test_important_weights_stand_still_under_the_trainers_own_optimizers(llama_folder, tmp_path, options):

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 from continual_cases import assert_resumes
-from helpers import build, trainer_for
+from helpers import build, slow, trainer_for
 from lightning.pytorch import Callback
 
 from agcl.data.tasks import collate
@@ -153,7 +153,7 @@ def test_step_does_not_raise_the_loss_on_the_memory(llama_folder, task_files, tm
     assert with_memory[2, 0] <= without[2, 0]
 
 
-@pytest.mark.parametrize(("every_n_steps", "crash_at"), [(1, 8), (1, 12), (None, 9)])
+@pytest.mark.parametrize(("every_n_steps", "crash_at"), [(1, 8), (1, 12), *slow((None, 9))])
 def test_resumed_run_equals_the_straight_one(gpt2_folder, task_files, tmp_path, every_n_steps, crash_at):
     assert_resumes(gpt2_folder, task_files, tmp_path, lambda: AGEM(2, 2), every_n_steps, crash_at)
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from continual_cases import assert_resumes, assert_saved, assert_validates
-from helpers import EPOCHS, build, trainer_for
+from helpers import EPOCHS, build, slow, trainer_for
 from lightning.pytorch import Callback
 
 from agcl.callbacks import ContinualReport
@@ -95,7 +95,7 @@ def test_saved_adapter_is_loaded_by_plain_peft(llama_folder, task_files, tmp_pat
     assert_saved(model, data, tmp_path / "model", llama_folder)
 
 
-@pytest.mark.parametrize(("every_n_steps", "crash_at"), [(1, 8), (1, 12), (None, 9)])
+@pytest.mark.parametrize(("every_n_steps", "crash_at"), [(1, 8), (1, 12), *slow((None, 9))])
 def test_resumed_run_equals_the_straight_one(llama_folder, task_files, tmp_path, every_n_steps, crash_at):
     adapter = {**LORA, "lora_dropout": 0.2}
     assert_resumes(llama_folder, task_files, tmp_path, OLoRA, every_n_steps, crash_at, adapter=adapter)

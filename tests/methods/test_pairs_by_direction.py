@@ -3,7 +3,7 @@
 import pytest
 import torch
 from continual_cases import assert_resumes, assert_saved, assert_validates, batch_of
-from helpers import EPOCHS, CrashError, attribution, build, by_direction, check_budget, trainer_for
+from helpers import EPOCHS, CrashError, attribution, build, by_direction, check_budget, slow, trainer_for
 from lightning.pytorch import Callback
 
 from agcl.callbacks import AttributionCallback, ContinualReport
@@ -107,7 +107,9 @@ def test_old_answers_change_less_than_with_one_pair_for_all_tasks(llama_folder, 
     assert by_pair < 0.5 * change(attribution(directions=None))
 
 
-@pytest.mark.parametrize(("every_n_steps", "crash_at", "own_text"), [(1, 8, 0), (1, 4, 3), (None, 9, 0), (1, 12, 3)])
+@pytest.mark.parametrize(
+    ("every_n_steps", "crash_at", "own_text"), [(1, 8, 0), (1, 12, 3), *slow((1, 4, 3), (None, 9, 0))]
+)
 def test_resumed_run_equals_the_straight_one(
     llama_folder, task_files, tmp_path, knowing, every_n_steps, crash_at, own_text
 ):

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import build, trainer_for, weights
+from helpers import build, slow, trainer_for, weights
 from lightning.pytorch import Callback
 
 from agcl.attribution import ImportanceConfig
@@ -92,9 +92,7 @@ DEFAULT = ("bf16-true", "fused", "all together")
 
 
 @pytest.mark.parametrize("gate", ["gradient", "update"])
-@pytest.mark.parametrize(
-    "case", [case if case in DEFAULT else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
-)
+@pytest.mark.parametrize("case", [*DEFAULT, *slow(*(case for case in CASES if case not in DEFAULT))])
 def test_the_second_tasks_step_is_scaled_once(llama_folder, task_files, tmp_path, gate, case):
     old, free, _ = second_step(llama_folder, task_files, tmp_path / "free", gate, case, 0)
     start, gated, importance = second_step(llama_folder, task_files, tmp_path / "gated", gate, case, 1)

@@ -34,12 +34,29 @@ def write_odd_config(folder, task_file, run_dir, **options):
     return write_config(folder, [odd, task_file], run_dir, **options)
 
 
-@pytest.fixture(scope="module")
-def two_processes(llama_folder, task_files, tmp_path_factory):
-    out = tmp_path_factory.mktemp("two")
+def run_in_two_processes(runs, out, *arguments):
     script = Path(__file__).with_name("two_processes.py")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "AGCL_ALLOW_IMPORTS": "helpers"}
     environment["PYTHONPATH"] = os.pathsep.join([str(script.parents[1]), str(script.parents[2])])
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), runs]
+    finished = subprocess.run(
+        [*launch, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=300
+    )
+    said = [line for line in finished.stderr.splitlines() if "[rank" in line or "error: " in line]
+    assert finished.returncode == 0, "\n".join(said)
+    return {file.stem: torch.load(file) for file in out.glob("*.pt")}
+
+
+@pytest.fixture(scope="module")
+def two_processes(llama_folder, task_files, tmp_path_factory):
+    out = tmp_path_factory.mktemp("two")
+    return run_in_two_processes("straight", out, llama_folder, out, *task_files)
+
+
+@pytest.fixture(scope="module")
+def other_runs(llama_folder, task_files, tmp_path_factory):
+    """Runs that are stopped and go on, and runs of the command line."""
+    out = tmp_path_factory.mktemp("others")
     save_tiny_model(out / "gpt2", "gpt2")  # which has dropout
     on_two = {"trainer__devices": 2, "trainer__strategy": "ddp"}
     write_odd_config(llama_folder, task_files[1], out / "odd", **on_two)
@@ -54,18 +71,7 @@ def two_processes(llama_folder, task_files, tmp_path_factory):
         trainer__enable_progress_bar=False,
         trainer__callbacks=[{"class_path": "helpers.SaveWhole", "init_args": {"path": str(out / "fitted.pt")}}],
     )
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    finished = subprocess.run(
-        [*launch, str(llama_folder), str(out), *map(str, task_files)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    said = [line for line in finished.stderr.splitlines() if "[rank" in line or "error: " in line]
-    assert finished.returncode == 0, "\n".join(said)
-    names = ("ddp", "fsdp", "directions", "pairs", "stopped", "dropout", "dropout.straight", "fitted")
-    return {"folder": out, **{name: torch.load(out / f"{name}.pt") for name in names}}
+    return {"folder": out, **run_in_two_processes("other", out, llama_folder, out, *task_files)}
 
 
 def run_alone(folder, files, out, adapter=None, **options):
@@ -120,20 +126,24 @@ def test_importance_is_split_as_the_weights_are(two_processes):
         assert num_entries == torch.Size(shape).numel()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("straight", "resumed"), [("fsdp", "stopped"), ("dropout.straight", "dropout")])
-def test_a_signal_to_one_process_stops_both_and_the_run_goes_on_from_there(two_processes, straight, resumed):
+def test_a_signal_to_one_process_stops_both_and_the_run_goes_on_from_there(
+    two_processes, other_runs, straight, resumed
+):
     """Split, from the importance files; with dropout, from each process's own random numbers."""
-    straight, resumed = two_processes[straight], two_processes[resumed]
+    straight, resumed = {**two_processes, **other_runs}[straight], other_runs[resumed]
     assert torch.equal(resumed["scores"], straight["scores"])
     for parameter, expected in straight["weights"].items():
         assert torch.equal(resumed["weights"][parameter], expected), parameter
 
 
-def test_agcl_fit_saves_a_split_model_whole(two_processes, llama_folder):
-    folder = two_processes["folder"] / "run" / "version_0" / "model"
+@pytest.mark.slow
+def test_agcl_fit_saves_a_split_model_whole(other_runs, llama_folder):
+    folder = other_runs["folder"] / "run" / "version_0" / "model"
     model = AutoModelForCausalLM.from_pretrained(folder)
     for name, parameter in model.named_parameters():
-        assert torch.equal(parameter, two_processes["fitted"][name]), name
+        assert torch.equal(parameter, other_runs["fitted"][name]), name
     assert load_file(folder / "model.safetensors").keys() == load_file(llama_folder / "model.safetensors").keys()
 
 
@@ -158,8 +168,9 @@ def assert_each_row_was_scored_once(two, one):
     assert all(value is not None for row in two["scores"] for value in row)
 
 
-def test_each_row_is_scored_once(two_processes, odd_rows_alone):
-    assert_each_row_was_scored_once(results_in(two_processes["folder"] / "odd"), odd_rows_alone)
+@pytest.mark.slow
+def test_each_row_is_scored_once(other_runs, odd_rows_alone):
+    assert_each_row_was_scored_once(results_in(other_runs["folder"] / "odd"), odd_rows_alone)
 
 
 @pytest.mark.slow

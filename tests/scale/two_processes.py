@@ -142,8 +142,7 @@ def check_refusals(folder, files, out):
         trainer.fit(model, datamodule=data)
 
 
-def main(folder, out, *files):
-    relevance.is_correct = lambda logits, targets: True
+def straight_runs(folder, out, *files):
     by_direction = {"directions": Directions(0.8, every=2)}
     for name, strategy, options in (
         ("ddp", DDPStrategy(), {}),
@@ -158,6 +157,9 @@ def main(folder, out, *files):
     check_ranks(ranks)
     check_estimators(folder, ranks)
     check_refusals(folder, files, out)
+
+
+def other_runs(folder, out, *files):
     resume(sharded, folder, files, out / "stopped")
     resume(DDPStrategy, out / "gpt2", files, out / "dropout", epochs=2)
     for name in ("", "odd"):
@@ -165,4 +167,6 @@ def main(folder, out, *files):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), *sys.argv[3:])
+    relevance.is_correct = lambda logits, targets: True
+    runs = {"straight": straight_runs, "other": other_runs}[sys.argv[1]]
+    runs(sys.argv[2], Path(sys.argv[3]), *sys.argv[4:])
