@@ -329,20 +329,22 @@ class ContinualDataModule(LightningDataModule):
         """Training batches of any epoch on each device, ``limit_train_batches`` of the Trainer included."""
         trainer = self.trainer
         world_size, limit = (1, 1.0) if trainer is None else (trainer.world_size, trainer.limit_train_batches)
-        batches = math.ceil(math.ceil(len(self.rows_at(epoch)) / world_size) / self.batch_size)
+        num_rows = sum(map(len, self._parts_at(epoch)))
+        batches = math.ceil(math.ceil(num_rows / world_size) / self.batch_size)
         return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
 
     def train_dataloader(self) -> DataLoader:
         """Batches of the present epoch's rows: one task's with rows of like length together, several tasks' mixed."""
         epoch = 0 if self.trainer is None else self.trainer.current_epoch
         parts = self._parts_at(epoch)
-        rows = concatenate_datasets(parts)
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         sampler: Sampler
         if len(parts) == 1:
+            (rows,) = parts
             lengths = [len(ids) for ids in rows["input_ids"]]
             sampler = LengthGroupedSampler(self.batch_size, lengths=lengths, generator=generator)
         else:
+            rows = concatenate_datasets(parts)
             # Tasks differ in length: grouped by it, a batch would hold rows of one task alone.
             sampler = SubsetRandomSampler(range(len(rows)), generator)
         return ResumableDataLoader(
