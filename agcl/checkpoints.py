@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from agcl.errors import AgclError
 from agcl.files import is_whole_zip, sync_folder
 
 SUFFIX = ".ckpt"
+_MODEL = "model."  # what ContinualLM's language model is called
 _SHARDED = "meta.pt"
 """In a folder of shards, as Lightning's sharding strategies write it: the file that comes last."""
 
@@ -58,6 +60,12 @@ def checked(path: str | Path, load: Callable[[], Any]) -> dict[str, Any]:
     if not isinstance(content, dict) or "agcl" not in content:
         raise AgclError(f"{path} was not written by agcl: it holds no score matrix. Take a checkpoint of this run.")
     return content
+
+
+def model_weights(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
+    """The language model's weights in a checkpoint, by the names that they have in it; none, if they are in shards."""
+    saved = checkpoint["state_dict"].items()
+    return {name.removeprefix(_MODEL): weight for name, weight in saved if name.startswith(_MODEL)}
 
 
 def begin_writing_over(path: Path) -> None:

@@ -168,9 +168,10 @@ def budgets_of(config: Any, model: nn.Module) -> dict[str, float]:
 
 
 def _directions(callback: Any) -> Directions:
-    """The options of a gate by direction, those that are left out included."""
+    """The options of a gate by direction, those that are left out included; after an earlier run no text is written."""
     given = callback.get("directions", "auto")
-    return Directions() if given in ("auto", None) else Directions(**given)
+    options = Directions() if given in ("auto", None) else Directions(**given)
+    return replace(options, own_text=0) if callback.get("earlier") else options
 
 
 def model_of(config: Any) -> Any:

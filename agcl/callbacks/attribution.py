@@ -19,6 +19,7 @@ from agcl.attribution.levels import Bits
 from agcl.attribution.merging import How
 from agcl.attribution.passes import Sample
 from agcl.callbacks.directions import Directions, DirectionsSoFar, directions_problem
+from agcl.callbacks.earlier import EarlierRun, read_earlier
 from agcl.callbacks.gathering import Gatherer
 from agcl.callbacks.importance_so_far import ImportanceSoFar, Place
 from agcl.callbacks.progress import activity
@@ -101,6 +102,9 @@ class AttributionCallback(Callback):
             estimators made of gradients, ``source: running`` without ``reestimate``, in one process or under DDP.
             ``auto``: with the default of these options where that is so and the selected parameters have a weight
             matrix, else as None: every weight is gated on its own, as in the paper.
+        earlier: A run that has ended, by its folder or a checkpoint of it: what it has learned is protected as well,
+            from the first task on, and no text is written before it. The model to begin with is the one that it left
+            (``model_name_or_path: .../model``), an adapter merged into its weights.
         seed: Choice of the rows; permutation of the shuffled control; the data module's if left out.
 
     Raises:
@@ -125,6 +129,7 @@ class AttributionCallback(Callback):
         parameters: str = "",
         control: Literal["none", "shuffled", "flattened"] = "none",
         directions: Directions | Literal["auto"] | None = "auto",
+        earlier: str | None = None,
         seed: int | None = None,
     ) -> None:
         if not 0 <= strength < math.inf:
@@ -134,6 +139,8 @@ class AttributionCallback(Callback):
                 raise AgclError(f"`{option}` is {value!r}; choose one of {', '.join(map(repr, get_args(allowed)))}.")
         estimator = LRP() if estimator is None else estimator
         _check_reestimate(reestimate, source, estimator)
+        if earlier is not None and reestimate:
+            raise AgclError("`reestimate` makes the merge anew from rows, which `earlier` has none of; leave one out.")
         self.gate = gate
         self.source = source
         self.estimator = estimator
@@ -141,6 +148,7 @@ class AttributionCallback(Callback):
         self.reestimate = reestimate
         self.strength = strength
         self.control = control
+        self.earlier = earlier
         self.seed = seed
         self._gatherer = Gatherer(
             estimator, num_samples, batch_size, per_sample, importance, importance_bits, parameters, seed
@@ -167,6 +175,7 @@ class AttributionCallback(Callback):
         """Number of task boundaries passed, those included where nothing was answered correctly."""
         self._attached: GradientGate | UpdateGate | None = None
         self._task_begun: int | None = None
+        self._earlier_run: EarlierRun | None = None  # until it is taken in, or a checkpoint in which it was
         self._kept_bytes = 0  # of old tasks' rows or pairs, of which there are never both
 
     @property
@@ -192,6 +201,8 @@ class AttributionCallback(Callback):
         """Forget an earlier run (what is resumed is loaded after this); check what models would be made from."""
         if stage == "fit" and not trainer.global_step:  # a Trainer that has trained goes on
             self._begin_anew()
+            if self.earlier is not None:
+                self._earlier_run = read_earlier(self.earlier)
         if stage == "fit" and self.source == "single_task" and pl_module.model is not None:
             raise AgclError(
                 "`source: single_task` trains a model for each task from `model_name_or_path`, but this ContinualLM "
@@ -287,6 +298,11 @@ class AttributionCallback(Callback):
             self._directions = None
 
     def _check_gate_on_shards(self) -> None:
+        if self.earlier is not None:
+            raise AgclError(
+                "`earlier` is read whole, which weights that are split over processes (ModelParallelStrategy) are not; "
+                "take `strategy: ddp`."
+            )
         if self._directions:
             raise AgclError(
                 "`directions` looks at whole weight matrices, which are split over processes here "
@@ -305,6 +321,7 @@ class AttributionCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Hold what the model can do. On resuming: bring along the tasks' files, make up for a task boundary."""
+        begins = self._begin_with_earlier(pl_module)
         self._so_far.bring_along(trainer, pl_module.model)
         check_importance(self.importance, pl_module.model.named_parameters())
         if self._directions:
@@ -314,8 +331,11 @@ class AttributionCallback(Callback):
         if completed:
             # From a checkpoint of an epoch's last batch, Lightning goes on without that epoch's end.
             self._pass_boundary(trainer, pl_module, completed - 1)
-        elif self._directions and self._directions.options.own_text:
+            return
+        if self._directions and self._directions.options.own_text and not self._directions.moments.sums:
             self._hold_own_text(trainer, pl_module)
+            begins = True
+        self._attach_gate(trainer, pl_module, is_last=False, begins=begins)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """At a task's first batch (resuming, Lightning may leave out an epoch's start): let the estimator see it."""
@@ -348,23 +368,40 @@ class AttributionCallback(Callback):
         if self._directions:
             self._directions.close()
 
+    def _begin_with_earlier(self, pl_module: Any) -> bool:
+        """Protect what an earlier run has learned, and say whether there is one that was not yet taken in."""
+        run, self._earlier_run = self._earlier_run, None
+        if run is None:
+            return False
+        by_direction, adapted = run.state["directions"], pl_module.adapter is not None
+        if adapted and not self._directions:
+            raise AgclError("`earlier` protects an adapter's tasks by `directions`; without, the adapter begins anew.")
+        if (by_direction is None) != (self._directions is None):
+            said = "without" if by_direction is None else "with"
+            raise AgclError(f"`earlier`: {run.path} is of a run {said} `directions`; keep to it.")
+        run.check_model(pl_module.model.state_dict(), is_adapted=adapted)
+        if self._directions:
+            self._directions.begin_with(by_direction)
+        if not adapted:  # whose pairs are others
+            self._so_far.begin_with(run.state["so_far"])
+        rank_zero_info(f"Protected from the first task on: {', '.join(run.tasks)} ({run.path}).")
+        return True
+
     def _hold_own_text(self, trainer: Trainer, pl_module: Any) -> None:
-        """Gate the first task by the directions of what the model writes by itself."""
+        """Take in the directions of what the model writes by itself."""
         assert self._directions is not None
         options, seed = self._directions.options, self._resolved_seed(trainer)
-        if begins := not self._directions.moments.sums:
-            start = time.perf_counter()
-            shown = activity(trainer, "Attribution of what the model writes itself", options.own_text, "pieces")
-            with shown as advance, trainer.precision_plugin.forward_context():
-                pieces = write_text(pl_module.model, pl_module.tokenizer, options.own_text, options.own_tokens, seed)
-                pieces = trainer.strategy.broadcast(pieces)  # drawn by one process: rounding may decide what is drawn
-                samples = text_samples(pieces.to(pl_module.device))
-                self._directions.learn(self._gatherer.text_evidence(trainer, pl_module, samples, advance))
-            rank_zero_info(
-                f"Before the first task: {len(pieces)} pieces of {pieces.shape[1]} tokens, which the model wrote "
-                f"itself, in {time.perf_counter() - start:.0f} s; what they rest on is held from the start."
-            )
-        self._directions.attach(self._optimizer(trainer), pl_module.model, seed, is_last=False, begins=begins)
+        start = time.perf_counter()
+        shown = activity(trainer, "Attribution of what the model writes itself", options.own_text, "pieces")
+        with shown as advance, trainer.precision_plugin.forward_context():
+            pieces = write_text(pl_module.model, pl_module.tokenizer, options.own_text, options.own_tokens, seed)
+            pieces = trainer.strategy.broadcast(pieces)  # drawn by one process: rounding may decide what is drawn
+            samples = text_samples(pieces.to(pl_module.device))
+            self._directions.learn(self._gatherer.text_evidence(trainer, pl_module, samples, advance))
+        rank_zero_info(
+            f"Before the first task: {len(pieces)} pieces of {pieces.shape[1]} tokens, which the model wrote "
+            f"itself, in {time.perf_counter() - start:.0f} s; what they rest on is held from the start."
+        )
 
     def _pass_boundary(self, trainer: Trainer, pl_module: Any, index: int) -> None:
         # On resuming, Lightning may run an epoch's end again, or never have run it: what is there is kept.
@@ -418,6 +455,7 @@ class AttributionCallback(Callback):
         if (directions is None) != (self._directions is None):
             said = "without" if directions is None else "with"
             raise AgclError(f"The importance so far was computed {said} `directions`; keep to it.")
+        self._earlier_run = None
         if self._directions and directions:
             self._directions.load_state_dict(directions)
         self._initial = None if state_dict["initial"] is None else InitialModel(**state_dict["initial"])

@@ -212,6 +212,15 @@ class DirectionsSoFar:
         """Have the moments beside the weights."""
         self.moments = self.moments.to(device)
 
+    def begin_with(self, earlier: dict[str, Any]) -> None:
+        """Hold what an earlier run has held, the text that its model wrote included.
+
+        Args:
+            earlier: As its :meth:`state_dict` gave it.
+        """
+        sums = {name: moment.clone() for name, moment in earlier["sums"].items()}  # not to depend on its file
+        self.moments = InputMoments(sums, dict(earlier["transposed"]))
+
     def state_dict(self) -> dict[str, Any]:
         """What resuming needs."""
         gate = self._interrupted if self._gate is None else self._gate.state_dict()

@@ -100,6 +100,17 @@ class ImportanceSoFar:
             file = open_importance(self.files[task], self._home(trainer))
             self._merged.update(file if self._ranks.size == 1 else _Rows(file, self._ranks))
 
+    def begin_with(self, earlier: dict[str, Any]) -> None:
+        """Have the merge of an earlier run go on, which was in one piece.
+
+        Args:
+            earlier: As its :meth:`state_dict` gave it.
+
+        Raises:
+            AgclError: If it was merged in another way, or in other bits.
+        """
+        self._merged.load_state_dict(earlier["merged"])
+
     def merge_anew(self) -> None:
         """Forget the merge, not the files."""
         self._merged = RunningMerge(self._merged.how, self._merged.bits)

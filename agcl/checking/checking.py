@@ -288,15 +288,15 @@ def _plasticity(found: Check, config: Any, model: Any) -> None:
 
 def _leave_plasticity(found: Check, earlier: Earlier, config: Any, model: Any) -> None:
     options, budgets = planning.attribution_options(config), planning.budgets_of(config, model)
-    before: list[ImportanceFile] = []
+    before: list[ImportanceFile] = list(earlier.files.values()) if earlier.precede else []
     for each in found.tasks:
         if before:
             each.plasticity = plasticity_left(before, options, model.named_parameters(), budgets)
             each.earlier = [file.metadata["task"] for file in before]
-        if each.task.name in earlier.files:
+        if each.task.name in earlier.files and not earlier.precede:
             before.append(earlier.files[each.task.name])
     unknown = [name for name in earlier.files if name not in {each.task.name for each in found.tasks}]
-    if unknown:
+    if unknown and not earlier.precede:
         found.notes.append(f"Importance of {', '.join(unknown)} ({earlier.origin}) is of no task here.")
 
 

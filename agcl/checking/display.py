@@ -112,7 +112,7 @@ def _labels_text(each: TaskCheck) -> str:
 
 def _plasticity_text(found: Check, number: int) -> str:
     each = found.tasks[number - 1]
-    if number == 1:
+    if number == 1 and not each.earlier:
         holds_own_text = found.settings and found.settings.own_text and found.size and found.size.products
         budget = ", but the budget for matrices, which hold what the model writes itself" if holds_own_text else ""
         return f"1, there is no earlier task{budget}"

@@ -12,9 +12,11 @@ from agcl.attribution.artefact import ImportanceFile, check_importance, importan
 from agcl.attribution.merging import RunningMerge
 from agcl.attribution.storage import index_of
 from agcl.blocks import mean_by_layer
+from agcl.callbacks.earlier import attribution_states, read_earlier
 from agcl.checkpoints import look_into
 from agcl.errors import AgclError
 from agcl.gating.plasticity import mean_plasticity
+from agcl.planning import attribution_options
 from agcl.resuming import run_folders
 
 
@@ -26,18 +28,21 @@ class Earlier:
         files: Task name -> its file.
         origin: In words.
         is_named: Whether the user named them, or the checkpoint that they belong to.
+        precede: Whether these tasks were learned before all of the configuration's.
     """
 
     files: dict[str, ImportanceFile]
     origin: str
     is_named: bool = True
+    precede: bool = False
 
 
 def find_earlier(config: Any) -> Earlier:
     """The importance files that a configuration leads to.
 
-    Those named by the option ``importance``; else those of the checkpoint to resume from; else those of the newest run
-    in the logger's folder that has some, which is ``lightning_logs`` where no logger is named.
+    Those named by the option ``importance``; else those of the run that the callback names as ``earlier``; else those
+    of the checkpoint to resume from; else those of the newest run in the logger's folder that has some, which is
+    ``lightning_logs`` where no logger is named.
 
     Args:
         config: Of ``agcl check``.
@@ -48,8 +53,12 @@ def find_earlier(config: Any) -> Earlier:
     if config.importance:
         named = [open_importance(path) for path in config.importance]
         return Earlier(_by_task(named), "the files named by --importance")
+    if path := (attribution_options(config) or {}).get("earlier"):
+        run = read_earlier(path)
+        return Earlier(_by_task(_files_of([run.state])), f"the earlier run {run.path}", precede=True)
     if config.get("ckpt_path"):
-        return Earlier(_by_task(_files_of_checkpoint(config.ckpt_path)), f"the checkpoint {config.ckpt_path}")
+        states = attribution_states(look_into(Path(config.ckpt_path)))
+        return Earlier(_by_task(_files_of(states)), f"the checkpoint {config.ckpt_path}")
     for folder in sorted(filter(Path.is_dir, run_folders(config.trainer)[1]), key=_age, reverse=True):
         if files := importance_files(folder / "importance"):
             return Earlier(_by_task(files), f"the run {folder}", is_named=False)
@@ -100,10 +109,8 @@ def _by_task(files: Iterable[ImportanceFile]) -> dict[str, ImportanceFile]:
     return found
 
 
-def _files_of_checkpoint(path: str) -> list[ImportanceFile]:
+def _files_of(states: list[dict[str, Any]]) -> list[ImportanceFile]:
     """What is still there of the files that a checkpoint names."""
-    callbacks = look_into(Path(path)).get("callbacks", {})
-    states = [state for key, state in callbacks.items() if "AttributionCallback" in key]
     files = [Path(file) for state in states for file in state["so_far"]["files"].values()]
     return [open_importance(file) for file in files if file.exists() or index_of(file).exists()]
 

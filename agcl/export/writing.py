@@ -9,7 +9,7 @@ import torch
 from peft import get_peft_config, get_peft_model
 
 from agcl.attribution.storage import index_of
-from agcl.checkpoints import look_into
+from agcl.checkpoints import look_into, model_weights
 from agcl.errors import AgclError
 from agcl.files import partial_of, sync_folder, sync_tree
 from agcl.models import load_model, load_tokenizer, save_model
@@ -20,7 +20,6 @@ from .card import model_card
 from .finding import Trained
 
 _ADAPTER_CONFIG = "adapter_config.json"  # PEFT's
-_MODEL = "model."  # what ContinualLM's language model is called in a checkpoint
 
 
 def export_model(trained: Trained, output: Path, *, name: str | None = None, trust_remote_code: bool = False) -> None:
@@ -80,7 +79,7 @@ def _copy_importance(files: list[Path], path: Path, folder: Path) -> None:
 def _write_checkpoint(path: Path, folder: Path, trust_remote_code: bool) -> None:
     checkpoint = look_into(path, "cpu")
     settings = checkpoint["hyper_parameters"]
-    weights = {k.removeprefix(_MODEL): v for k, v in checkpoint["state_dict"].items() if k.startswith(_MODEL)}
+    weights = model_weights(checkpoint)
     source: dict[str, Any] = {"gguf_file": settings.get("gguf_file"), "trust_remote_code": trust_remote_code}
     name, adapter = settings["model_name_or_path"], settings.get("adapter")
     dtype = next(weight.dtype for weight in weights.values() if weight.is_floating_point())

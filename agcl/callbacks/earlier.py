@@ -1,0 +1,109 @@
+"""What an earlier run has learned, out of a checkpoint of it, for a run that goes on with other tasks."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from agcl.checkpoints import SUFFIX, last_whole, look_into, model_weights
+from agcl.errors import AgclError
+
+_ROUNDING = 2.0**-8
+"""Relative distance that bfloat16 leaves between the same weights, and training does not."""
+
+
+@dataclass(frozen=True)
+class EarlierRun:
+    """A run that has ended.
+
+    Attributes:
+        path: Its checkpoint.
+        tasks: Names of the tasks that it has learned.
+        state: Of its ``AttributionCallback``, tensors mapped from the file.
+        weights: Of its model, by name, also mapped.
+    """
+
+    path: Path
+    tasks: list[str]
+    state: dict[str, Any]
+    weights: dict[str, Tensor]
+
+    def check_model(self, parameters: Mapping[str, Tensor], *, is_adapted: bool) -> None:
+        """Raise unless a model holds what the run has learned.
+
+        Args:
+            parameters: Of the model, by name.
+            is_adapted: Whether both have adapters, so that this one's weights must be those of the run and more.
+
+        Raises:
+            AgclError: Otherwise.
+        """
+        shared = {name: parameters[name] for name in self.weights.keys() & parameters.keys()}
+        if is_adapted:
+            shared = {name: parameter for name, parameter in shared.items() if ".base_layer." in name}
+        apart = whole = 0.0
+        for name, parameter in shared.items():
+            learned = self.weights[name].to(parameter.device).float()
+            if learned.shape != parameter.shape:
+                raise AgclError(f"{self._named()} is of another model: `{name}` has the shape {tuple(learned.shape)}.")
+            apart += float((parameter.detach().float() - learned).square().sum())
+            whole += float(learned.square().sum())
+        distance = (apart / whole) ** 0.5 if whole else 0.0
+        if is_adapted and not distance:
+            raise AgclError(
+                f"{self._named()} has learned an adapter, which this model is without: merge it into the weights "
+                "(PEFT's `merge_and_unload`), save them, and begin with those."
+            )
+        if not is_adapted and (distance > _ROUNDING or shared.keys() != self.weights.keys()):
+            raise AgclError(
+                f"{self._named()} has ended with other weights than this model has: set `model_name_or_path` to the "
+                "folder `model` that it has left, or to what `agcl export` makes of it."
+            )
+
+    def _named(self) -> str:
+        return f"The earlier run ({self.path})"
+
+
+def attribution_states(checkpoint: dict[str, Any]) -> list[dict[str, Any]]:
+    """The states of the ``AttributionCallback`` in a checkpoint, if there is one."""
+    return [state for key, state in checkpoint.get("callbacks", {}).items() if "AttributionCallback" in key]
+
+
+def read_earlier(path: str | Path) -> EarlierRun:
+    """What a run has left.
+
+    Args:
+        path: Its folder, of which the last whole checkpoint is taken, or a checkpoint.
+
+    Raises:
+        AgclError: If there is no whole checkpoint, or none of a run with an ``AttributionCallback`` that has just
+            learned a task.
+    """
+    file = Path(path)
+    if file.is_dir() and file.suffix != SUFFIX:
+        found = last_whole([file, file / "checkpoints"])
+        if found is None:
+            raise AgclError(
+                f"`earlier`: there is no whole checkpoint in {path}; a run leaves one with a ModelCheckpoint among its "
+                "callbacks."
+            )
+        file = found
+    checkpoint = look_into(file, "cpu")
+    states = attribution_states(checkpoint)
+    if not states:
+        raise AgclError(f"`earlier`: {file} is of a run without an AttributionCallback, which has nothing to protect.")
+    num_learned = states[0]["num_boundaries"]
+    if not num_learned:
+        raise AgclError(f"`earlier`: {file} is of a run that had not learned a task yet; take a later checkpoint.")
+    tasks = [name for name, _ in checkpoint["agcl"]["tasks"]]
+    if states[0]["task_begun"] == num_learned:  # so that its weights hold more than is known of
+        raise AgclError(
+            f"`earlier`: {file} has begun to learn `{tasks[num_learned]}`, of which it has no importance yet; take a "
+            "checkpoint from the end of a task, or of the run."
+        )
+    weights = model_weights(checkpoint)
+    if not weights:
+        raise AgclError(f"`earlier`: {file} has its weights in shards, in which no weight is whole; use another.")
+    return EarlierRun(file, tasks[:num_learned], states[0], weights)
