@@ -305,7 +305,7 @@ def _work(config: Any, **found: Any) -> Work:
     return Work(
         num_tasks=1 if regime == "joint" else len(config.data.tasks),
         micro_batches=config.trainer.accumulate_grad_batches,
-        samples=given.get("num_samples", 16),
+        samples=given.get("num_samples", 32),
         attributed_rows=given.get("batch_size") or config.data.batch_size,
         **found,
     )

@@ -75,13 +75,14 @@ class AttributionCallback(Callback):
     Args:
         gate: ``gradient`` rescales gradients by backward hooks (the paper; cancelled by Adam-like optimizers),
             ``update`` rescales the optimizer's whole step, ``auto`` picks what protects under the optimizer in use.
-        estimator: What scores the weights, from ``agcl.attribution.estimators``: ``LRP`` (the paper's; the default),
-            ``GradientWeight``, ``Fisher``, ``EmpiricalFisher``, ``MAS``, ``SPG``, ``Wanda``, ``Magnitude``, ``Change``,
-            ``Random``, or one's own.
+        estimator: What scores the weights, from ``agcl.attribution.estimators``: ``LRP`` (by its ``sensitivity`` the
+            default, by its ``relevance`` the paper's), ``GradientWeight``, ``Fisher``, ``EmpiricalFisher``, ``MAS``,
+            ``SPG``, ``Wanda``, ``Magnitude``, ``Change``, ``Random``, or one's own.
         source: The model that importance is computed on: ``running``, the one that learns all tasks, or
             ``single_task``, a model trained for it from the initial one on that task alone (one more training of each
             task, and memory for a second model meanwhile; on one device).
-        num_samples: Rows, answered correctly, that each task's importance is computed from.
+        num_samples: Rows, answered correctly, that each task's importance is computed from. What others rest on is not
+            protected, so the more the better.
         batch_size: Rows that are run together; None means as many as in training.
         per_sample: Whether each row counts as one draw, or the sum over a batch does, which is cheaper.
         importance: How scores over samples become importance: sign, normalisation and its scope, K, alpha.
@@ -117,10 +118,10 @@ class AttributionCallback(Callback):
         gate: Literal["auto", "gradient", "update"] = "auto",
         estimator: Estimator | None = None,
         source: Source = "running",
-        num_samples: int = 16,
+        num_samples: int = 32,
         batch_size: int | None = None,
         per_sample: bool = True,
-        importance: ImportanceConfig = ImportanceConfig(),  # noqa: B008 (immutable)
+        importance: ImportanceConfig = ImportanceConfig(quantile=0.1),  # noqa: B008 (immutable)
         importance_bits: Bits = 8,
         importance_on: Place = "device",
         merge: How = "maximum",
@@ -137,7 +138,7 @@ class AttributionCallback(Callback):
         for option, value, allowed in (("source", source, Source), ("importance_on", importance_on, Place)):
             if value not in get_args(allowed):
                 raise AgclError(f"`{option}` is {value!r}; choose one of {', '.join(map(repr, get_args(allowed)))}.")
-        estimator = LRP() if estimator is None else estimator
+        estimator = LRP(score="sensitivity") if estimator is None else estimator
         _check_reestimate(reestimate, source, estimator)
         if earlier is not None and reestimate:
             raise AgclError("`reestimate` makes the merge anew from rows, which `earlier` has none of; leave one out.")

@@ -264,7 +264,7 @@ def _forecast(found: Check, config: Any, model: Any) -> None:
             tokens=sum(lengths) / len(lengths),
             longest=max(lengths),
             answer_tokens=max(each.splits[0].answer_lengths),
-            samples=(options or {}).get("num_samples", 16),
+            samples=(options or {}).get("num_samples", 32),
             attributed_rows=(options or {}).get("batch_size") or batch_size,
         )
         settings = replace(found.settings, own_text=0) if number else found.settings  # written before the first alone

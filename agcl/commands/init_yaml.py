@@ -34,7 +34,7 @@ trainer:
     - class_path: agcl.AttributionCallback
       init_args:
         estimator: {{class_path: agcl.attribution.estimators.LRP, init_args: {{score: sensitivity}}}}
-        num_samples: 32  # rows of each task that are looked at
+        num_samples: 128  # rows of each task that are looked at; what only others rest on is not protected
         importance:
           quantile: 0.1  # of embeddings, norms, biases: lower protects more
         # Of weight matrices: less plasticity protects more; own_text, which the model writes first, keeps what it could
