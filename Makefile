@@ -31,7 +31,8 @@ test-slow: $(INSTALLED) ## the longer tests too
 	$(BIN)/python -m pytest
 
 docs: $(INSTALLED) ## the documentation site, into build/docs; warnings are errors
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+	@# Under --quiet no warning would be seen, and so none counted by --strict.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 dist: $(INSTALLED) ## source distribution and wheel, into dist
 	$(BIN)/python -m build

@@ -9,9 +9,8 @@ _MEMORY_FULL = re.compile(r"out of memory|ALLOC_FAILED|can't allocate memory|not
 class AgclError(ValueError):
     """A setting, file or model that cannot work; each message names it and the remedy in one line.
 
-    Args:
-        *problems: One message, or several that were found together, in the order of finding. Printed is the first of
-            them, and how many follow; ``agcl check`` prints all.
+    It takes one message, or several that were found together, in the order of finding. Printed is the first of them,
+    and how many follow; ``agcl check`` prints all.
     """
 
     @property

@@ -73,10 +73,34 @@ def run(args: Sequence[str]) -> int:
         console.print(table)
     fits = machine.memory is None or found.peak_bytes <= machine.memory
     if not fits:
-        console.print(
-            "It does not fit. More devices under ModelParallelStrategy, fewer rows, or an adapter would help."
-        )
+        has_adapter = cli.config.model.adapter is not None
+        helps = "; ".join(remedies(size, settings, has_adapter=has_adapter))
+        console.print(f"It does not fit. What would help: {helps}.", soft_wrap=True)
     return 0 if fits else 1
+
+
+def remedies(size: ModelSize, settings: Settings, *, has_adapter: bool) -> list[str]:
+    """What takes less memory on a device, what costs least first.
+
+    Args:
+        size: Of the model that does not fit.
+        settings: Of the run.
+        has_adapter: Whether an adapter alone is trained.
+    """
+    found = ["fewer rows in a batch (`data.batch_size`)"]
+    if not settings.gradient_checkpointing:
+        found.append("`model.gradient_checkpointing: true`")
+    if size.squares and has_adapter:
+        found.append("fewer `target_modules` of the adapter, each of which brings the directions of its inputs")
+    elif not has_adapter:
+        found.append("an adapter")
+    if size.squares:
+        found.append("`directions: null` (each weight by its own importance, which protects less)")
+    if settings.strategy == "fsdp":
+        found.append("more devices")
+    else:
+        found.append("several devices under ModelParallelStrategy" + (", with it" if size.squares else ""))
+    return found
 
 
 def model_size(config: Any, built: Any = None) -> ModelSize:

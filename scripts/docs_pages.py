@@ -43,15 +43,19 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     pages = {
         "cli.md": command_line_page(),
         "changelog.md": (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"),
-        "results.md": re.sub(
-            r"!\[.*\n", "", (ROOT / "RESULTS.md").read_text(encoding="utf-8")
-        ),  # its figure is not here
+        "results.md": _results_page(),
         "contributing.md": (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"),
         **api_pages(runpy.run_path(str(ROOT / "scripts" / "public_api.py"))["PACKAGES"]),
     }
     for uri, content in pages.items():
         files.append(File.generated(config, uri, content=content))
     return files
+
+
+def _results_page() -> str:
+    """RESULTS.md without its figures, which are not here, and with links as from within ``docs/``."""
+    text = re.sub(r"!\[.*\n", "", (ROOT / "RESULTS.md").read_text(encoding="utf-8"))
+    return text.replace("](docs/", "](")
 
 
 def command_line_page() -> str:

@@ -61,3 +61,11 @@ def test_every_command_has_its_help_on_the_command_lines_page():
     headings = re.findall(r"## agcl (.+)", page)
     assert headings[:3] == ["fit", "check", "plan"]
     assert {"init", "importance show", "export", "report"} < set(headings)
+
+
+def test_the_sites_page_of_results_links_to_the_pages_beside_it():
+    pytest.importorskip("mkdocs")
+    page = runpy.run_path(str(ROOT / "scripts" / "docs_pages.py"))["_results_page"]()
+    links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)]*)\)", page)]
+    assert links
+    assert [link for link in links if link and not (ROOT / "docs" / link).exists()] == []

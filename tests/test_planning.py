@@ -1,5 +1,7 @@
 """`agcl plan` on a configuration of the user's own."""
 
+import dataclasses
+
 import pytest
 import torch
 from conftest import tiny_config
@@ -157,3 +159,27 @@ def test_the_command_prints_the_plan_and_loads_nothing(llama_folder, task_files,
     assert "nothing was measured on a GPU" in output
     assert "180 steps of 1 x 2 rows" in output  # three tasks of four rows, 30 epochs
     assert "; 9 tokens a row, as read" in output  # "cat 0?", " a" and the end
+
+
+@pytest.mark.parametrize("adapter", [None, LORA])
+@pytest.mark.parametrize("directions", ["auto", None])
+def test_what_is_said_to_help_is_not_there_already(
+    llama_folder, task_files, tmp_path, capsys, monkeypatch, adapter, directions
+):
+    monkeypatch.setitem(MACHINES, "h100", dataclasses.replace(MACHINES["h100"], memory=1))
+    gate = {"class_path": "agcl.AttributionCallback", "init_args": {"directions": directions}}
+    path = write_config(llama_folder, task_files, tmp_path, model__adapter=adapter, trainer__callbacks=[gate])
+    with pytest.raises(SystemExit) as exit_info:
+        main(["plan", "--config", str(path), "--machine", "h100"])
+    assert exit_info.value.code == 1
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("It does not fit.")]
+    assert ("an adapter" in line) == (adapter is None)
+    assert ("`directions: null`" in line) == (directions is not None)
+    assert ("target_modules" in line) == (adapter is not None and directions is not None)
+    assert line.endswith("under ModelParallelStrategy, with it.") == (directions is not None)  # which is refused else
+    split = planning.Settings(strategy="fsdp", gradient_checkpointing=True)
+    by_entry = planning.size_of(AutoModelForCausalLM.from_config(tiny_config("llama")), {})
+    assert planning.remedies(by_entry, split, has_adapter=True) == [
+        "fewer rows in a batch (`data.batch_size`)",
+        "more devices",
+    ]

@@ -140,6 +140,10 @@ def _importance(trained: Trained) -> str:
             "",
             f"agcl.gate(optimizer, model, [{files}])  # then train as always",
             "```",
+            "",
+            "That holds back each weight by its own importance. Where the run gated weight matrices by the directions "
+            "of their inputs, which is agcl's default and protects more, these files do not hold the directions: "
+            "`agcl.compute_input_moments` finds them anew from rows of the tasks, for `agcl.DirectionalGate`.",
         ]
     )
 

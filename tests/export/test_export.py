@@ -109,6 +109,7 @@ def test_the_card_says_what_was_measured(run, tmp_path):
     assert "01_task1.safetensors" in card.text
     assert "02_task2" not in card.text
     assert ("agcl.gate(" in card.text) == (run.kind != "pairs")  # their files are of other tensors than the sum
+    assert ("agcl.DirectionalGate" in card.text) == (run.kind != "pairs")  # the recipe is not the default's gate
 
 
 def test_the_card_says_how_to_go_on(run, tmp_path, monkeypatch):
