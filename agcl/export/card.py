@@ -143,7 +143,8 @@ def _importance(trained: Trained) -> str:
             "",
             "That holds back each weight by its own importance. Where the run gated weight matrices by the directions "
             "of their inputs, which is agcl's default and protects more, these files do not hold the directions: "
-            "`agcl.compute_input_moments` finds them anew from rows of the tasks, for `agcl.DirectionalGate`.",
+            "`agcl.compute_input_moments` finds them anew from rows of the tasks, for `agcl.DirectionalGate`, and "
+            "`AttributionCallback(earlier=...)` reads them from the run itself.",
         ]
     )
 
