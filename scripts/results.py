@@ -52,6 +52,24 @@ def classification_bare() -> str:
     return _comparison(RAW / "compare_classification_bare")
 
 
+def rows_attributed() -> str:
+    """Trials of that sequence by how many rows of each task are attributed: the first task's score and loss."""
+    folder, rate = RAW / "compare_classification_bare", "lr=0.0003"
+    numbers = {32: folder / "agcl" / rate}
+    numbers |= {count: folder / "agcl_rows" / f"{rate}_num_samples={count}" for count in (16, 96)}
+    rows: list[Row] = []
+    for count, place in sorted(numbers.items()):
+        (file,) = place.glob("seed-100-*/scores.json")
+        found = json.loads(file.read_text())
+        scores, losses = ([row[0] for row in found[name][1:]] for name in ("scores", "nll"))
+        shown = [f"{score:.3f} / {loss:.2f}" for score, loss in zip(scores, losses, strict=True)]
+        metrics = (_cell(found["metrics"][metric]) for metric in METRICS)
+        rows.append((count, *shown, *metrics, f"{found['processor_seconds']:.0f}"))
+    tasks = (f"DBpedia after {task}" for task in ("it", "AG News", "SST-2"))
+    names = (metric.replace("_", " ") for metric in METRICS)
+    return _table(("rows", *tasks, *names, "processor time (s)"), rows)
+
+
 def classification() -> str:
     """Trials of the reduced classification sequence, the best of each method first."""
     found = []
