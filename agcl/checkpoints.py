@@ -64,7 +64,7 @@ def checked(path: str | Path, load: Callable[[], Any]) -> dict[str, Any]:
 
 def model_weights(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
     """The language model's weights in a checkpoint, by the names that they have in it; none, if they are in shards."""
-    saved = checkpoint["state_dict"].items()
+    saved = checkpoint.get("state_dict", {}).items()
     return {name.removeprefix(_MODEL): weight for name, weight in saved if name.startswith(_MODEL)}
 
 
