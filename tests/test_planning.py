@@ -133,7 +133,7 @@ def test_settings_are_read_from_the_configuration(llama_folder, task_files, tmp_
     assert (settings.aggregation, settings.top_k) == ("blocks", 8)
     work = planning.read_work(config, settings.devices)
     # 100 rows on 8 devices are 13 each: 7 batches of 2, 4 steps; three tasks of 30 epochs.
-    assert (work.num_tasks, work.steps, work.micro_batches, work.rows, work.samples) == (3, 4 * 90, 2, 2, 16)
+    assert (work.num_tasks, work.steps, work.micro_batches, work.rows, work.samples) == (3, 4 * 90, 2, 2, 32)
 
 
 @pytest.mark.parametrize(

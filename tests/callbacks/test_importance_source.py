@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from agcl.attribution import ImportanceConfig, parameter_relevance
 from agcl.attribution.artefact import load_importance
-from agcl.attribution.estimators import Change, Random
+from agcl.attribution.estimators import LRP, Change, Random
 from agcl.callbacks import AttributionCallback, single_task
 from agcl.callbacks.gathering import Gatherer
 from agcl.errors import AgclError
@@ -213,7 +213,7 @@ def test_old_importance_is_computed_anew_from_the_kept_rows(llama_folder, task_f
                     rows = list(trainer.datamodule.kept_rows(old, 2))
                     expected[f"task{old}"] = relevance_importance(pl_module.model, rows, 0.3)
 
-    callback = attribution(reestimate=2, importance=ImportanceConfig(quantile=0.3))
+    callback = attribution(reestimate=2, estimator=LRP(), importance=ImportanceConfig(quantile=0.3))
     fit(llama_folder, task_files, tmp_path, Independent(), callback)
     found = files_of(callback)
     for task, values in expected.items():
