@@ -139,9 +139,7 @@ class AttributionCallback(Callback):
             if value not in get_args(allowed):
                 raise AgclError(f"`{option}` is {value!r}; choose one of {', '.join(map(repr, get_args(allowed)))}.")
         estimator = LRP(score="sensitivity") if estimator is None else estimator
-        _check_reestimate(reestimate, source, estimator)
-        if earlier is not None and reestimate:
-            raise AgclError("`reestimate` makes the merge anew from rows, which `earlier` has none of; leave one out.")
+        _check_reestimate(reestimate, source, estimator, earlier)
         self.gate = gate
         self.source = source
         self.estimator = estimator
@@ -377,9 +375,7 @@ class AttributionCallback(Callback):
         by_direction, adapted = run.state["directions"], pl_module.adapter is not None
         if adapted and not self._directions:
             raise AgclError("`earlier` protects an adapter's tasks by `directions`; without, the adapter begins anew.")
-        if (by_direction is None) != (self._directions is None):
-            said = "without" if by_direction is None else "with"
-            raise AgclError(f"`earlier`: {run.path} is of a run {said} `directions`; keep to it.")
+        self._check_kind(by_direction, f"`earlier`: {run.path} is of a run")
         run.check_model(pl_module.model.state_dict(), is_adapted=adapted)
         if self._directions:
             self._directions.begin_with(by_direction)
@@ -453,9 +449,7 @@ class AttributionCallback(Callback):
         directions = state_dict.get("directions")
         if self._is_auto and directions is None:
             self._directions = None  # as it began
-        if (directions is None) != (self._directions is None):
-            said = "without" if directions is None else "with"
-            raise AgclError(f"The importance so far was computed {said} `directions`; keep to it.")
+        self._check_kind(directions, "The importance so far was computed")
         self._earlier_run = None
         if self._directions and directions:
             self._directions.load_state_dict(directions)
@@ -465,6 +459,12 @@ class AttributionCallback(Callback):
         self.num_boundaries = state_dict["num_boundaries"]
         self._task_begun = state_dict["task_begun"]
         self._kept_bytes = state_dict["kept_bytes"]
+
+    def _check_kind(self, directions: dict[str, Any] | None, what: str) -> None:
+        """Raise unless what was gated by direction is to be so, and only that."""
+        if (directions is None) != (self._directions is None):
+            said = "without" if directions is None else "with"
+            raise AgclError(f"{what} {said} `directions`; keep to it.")
 
     # --------------------------------------------------------------- importance
 
@@ -566,7 +566,7 @@ class AttributionCallback(Callback):
         return trainer.optimizers[0]
 
 
-def _check_reestimate(reestimate: int, source: Source, estimator: Estimator) -> None:
+def _check_reestimate(reestimate: int, source: Source, estimator: Estimator, earlier: str | None) -> None:
     if reestimate < 0:
         raise AgclError(f"`reestimate` is {reestimate}; give a number of rows, or 0 to keep none.")
     if reestimate and source == "single_task":
@@ -577,6 +577,8 @@ def _check_reestimate(reestimate: int, source: Source, estimator: Estimator) -> 
     if reestimate and not estimator.uses_samples:
         name = type(estimator).__name__
         raise AgclError(f"`reestimate` keeps rows, but the estimator {name} looks at none; leave `reestimate` out.")
+    if reestimate and earlier is not None:
+        raise AgclError("`reestimate` makes the merge anew from rows, which `earlier` has none of; leave one out.")
 
 
 def _dtype_of_products(trainer: Trainer) -> torch.dtype:

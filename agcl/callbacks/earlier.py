@@ -66,9 +66,10 @@ class EarlierRun:
         return f"The earlier run ({self.path})"
 
 
-def attribution_states(checkpoint: dict[str, Any]) -> list[dict[str, Any]]:
-    """The states of the ``AttributionCallback`` in a checkpoint, if there is one."""
-    return [state for key, state in checkpoint.get("callbacks", {}).items() if "AttributionCallback" in key]
+def attribution_state(checkpoint: dict[str, Any]) -> dict[str, Any] | None:
+    """The state of the ``AttributionCallback`` in a checkpoint; None without one, of which there cannot be two."""
+    callbacks = checkpoint.get("callbacks", {})
+    return next((state for key, state in callbacks.items() if "AttributionCallback" in key), None)
 
 
 def read_earlier(path: str | Path) -> EarlierRun:
@@ -91,14 +92,14 @@ def read_earlier(path: str | Path) -> EarlierRun:
             )
         file = found
     checkpoint = look_into(file, "cpu")
-    states = attribution_states(checkpoint)
-    if not states:
+    state = attribution_state(checkpoint)
+    if state is None:
         raise AgclError(f"`earlier`: {file} is of a run without an AttributionCallback, which has nothing to protect.")
-    num_learned = states[0]["num_boundaries"]
+    num_learned = state["num_boundaries"]
     if not num_learned:
         raise AgclError(f"`earlier`: {file} is of a run that had not learned a task yet; take a later checkpoint.")
     tasks = [name for name, _ in checkpoint["agcl"]["tasks"]]
-    if states[0]["task_begun"] == num_learned:  # so that its weights hold more than is known of
+    if state["task_begun"] == num_learned:  # so that its weights hold more than is known of
         raise AgclError(
             f"`earlier`: {file} has begun to learn `{tasks[num_learned]}`, of which it has no importance yet; take a "
             "checkpoint from the end of a task, or of the run."
@@ -106,4 +107,4 @@ def read_earlier(path: str | Path) -> EarlierRun:
     weights = model_weights(checkpoint)
     if not weights:
         raise AgclError(f"`earlier`: {file} has its weights in shards, in which no weight is whole; use another.")
-    return EarlierRun(file, tasks[:num_learned], states[0], weights)
+    return EarlierRun(file, tasks[:num_learned], state, weights)

@@ -12,7 +12,7 @@ from agcl.attribution.artefact import ImportanceFile, check_importance, importan
 from agcl.attribution.merging import RunningMerge
 from agcl.attribution.storage import index_of
 from agcl.blocks import mean_by_layer
-from agcl.callbacks.earlier import attribution_states, read_earlier
+from agcl.callbacks.earlier import attribution_state, read_earlier
 from agcl.checkpoints import look_into
 from agcl.errors import AgclError
 from agcl.gating.plasticity import mean_plasticity
@@ -55,10 +55,10 @@ def find_earlier(config: Any) -> Earlier:
         return Earlier(_by_task(named), "the files named by --importance")
     if path := (attribution_options(config) or {}).get("earlier"):
         run = read_earlier(path)
-        return Earlier(_by_task(_files_of([run.state])), f"the earlier run {run.path}", precede=True)
+        return Earlier(_by_task(_files_of(run.state)), f"the earlier run {run.path}", precede=True)
     if config.get("ckpt_path"):
-        states = attribution_states(look_into(Path(config.ckpt_path)))
-        return Earlier(_by_task(_files_of(states)), f"the checkpoint {config.ckpt_path}")
+        state = attribution_state(look_into(Path(config.ckpt_path)))
+        return Earlier(_by_task(_files_of(state)), f"the checkpoint {config.ckpt_path}")
     for folder in sorted(filter(Path.is_dir, run_folders(config.trainer)[1]), key=_age, reverse=True):
         if files := importance_files(folder / "importance"):
             return Earlier(_by_task(files), f"the run {folder}", is_named=False)
@@ -109,9 +109,9 @@ def _by_task(files: Iterable[ImportanceFile]) -> dict[str, ImportanceFile]:
     return found
 
 
-def _files_of(states: list[dict[str, Any]]) -> list[ImportanceFile]:
-    """What is still there of the files that a checkpoint names."""
-    files = [Path(file) for state in states for file in state["so_far"]["files"].values()]
+def _files_of(state: Mapping[str, Any] | None) -> list[ImportanceFile]:
+    """What is still there of the files that a callback's state names."""
+    files = [] if state is None else [Path(file) for file in state["so_far"]["files"].values()]
     return [open_importance(file) for file in files if file.exists() or index_of(file).exists()]
 
 
