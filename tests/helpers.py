@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from agcl.attribution import ImportanceConfig
 from agcl.attribution.directions import shares_kept
@@ -129,6 +130,49 @@ def trainer_for(data, run_dir: Path, callbacks=(), **options):
 
 def weights(model):
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def assert_resumes(folder, files, run_dir, callback, crash_at, *, every_n_steps=1, trainer_options=None, **options):
+    """A run killed before step ``crash_at`` and resumed from its newest checkpoint ends like one that was not.
+
+    Args:
+        folder: The model.
+        files: Of the tasks.
+        run_dir: For all there is to write.
+        callback: Makes the callback under test.
+        crash_at: See ``CrashAt``.
+        every_n_steps: Steps from one checkpoint to the next; 0: one at the end of each epoch.
+        trainer_options: Of each trainer.
+        options: Of ``build``.
+    """
+    trainer_options = trainer_options or {}
+    straight, data = build(folder, files, **options)
+    straight_callback = callback()
+    straight_trainer = trainer_for(data, run_dir / "straight", [straight_callback], **trainer_options)
+    straight_trainer.fit(straight, datamodule=data)
+
+    model, data = build(folder, files, **options)
+    when = {"every_n_train_steps": every_n_steps} if every_n_steps else {"every_n_epochs": 1}
+    saving = ModelCheckpoint(run_dir / "checkpoints", save_top_k=-1, filename="{step}", **when)
+    callbacks = [callback(), CrashAt(crash_at), saving]
+    with pytest.raises(CrashError):
+        trainer_for(data, run_dir / "killed", callbacks, enable_checkpointing=True, **trainer_options).fit(
+            model, datamodule=data
+        )
+    newest = max((run_dir / "checkpoints").glob("*.ckpt"), key=lambda path: int(path.stem.split("=")[1]))
+
+    resumed, data = build(folder, files, **options)
+    resumed_callback = callback()
+    trainer = trainer_for(data, run_dir / "resumed", [resumed_callback], **trainer_options)
+    trainer.fit(resumed, datamodule=data, ckpt_path=newest)
+    assert trainer.global_step == straight_trainer.global_step
+    expected, found = weights(straight), weights(resumed)
+    assert found.keys() == expected.keys()
+    for name, parameter in expected.items():
+        assert torch.equal(parameter, found[name]), name
+    for name, matrix in straight.score_matrices.items():
+        assert torch.equal(matrix.compute(), resumed.score_matrices[name].compute()), name
+    assert straight_callback.extra_bytes() == resumed_callback.extra_bytes()
 
 
 @cache

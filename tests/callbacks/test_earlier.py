@@ -8,11 +8,11 @@ from helpers import (
     CrashAt,
     CrashError,
     WeightsAtBoundaries,
+    assert_resumes,
     attribution,
     build,
     by_direction,
     trainer_for,
-    weights,
     write_config,
 )
 from lightning.pytorch import Callback
@@ -118,18 +118,7 @@ def test_pairs_of_another_adapter_hold_what_the_first_one_learned(llama_folder, 
 def test_resumed_run_equals_the_straight_one(llama_folder, task_files, tmp_path, knowing, make):
     fit(llama_folder, task_files[:1], tmp_path / "first", make())
     start, make = tmp_path / "first" / "model", partial(make, earlier=str(tmp_path / "first"))
-    straight = fit(start, task_files[1:2], tmp_path / "straight", make(), batch_size=2)
-    model, data = build(start, task_files[1:2])
-    saving = ModelCheckpoint(tmp_path / "kept", filename="{step}", every_n_train_steps=1, save_top_k=-1)
-    with pytest.raises(CrashError):
-        trainer_for(data, tmp_path / "killed", [make(), CrashAt(3), saving], enable_checkpointing=True).fit(
-            model, datamodule=data
-        )
-    model, data = build(start, task_files[1:2])
-    checkpoint = tmp_path / "kept" / "step=2.ckpt"
-    trainer_for(data, tmp_path / "resumed", [make()]).fit(model, datamodule=data, ckpt_path=checkpoint)
-    for name, parameter in weights(straight.model).items():
-        assert torch.equal(parameter, weights(model.model)[name]), name
+    assert_resumes(start, task_files[1:2], tmp_path, make, crash_at=2)
 
 
 @pytest.fixture

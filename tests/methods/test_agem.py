@@ -4,8 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from continual_cases import assert_resumes
-from helpers import build, slow, trainer_for
+from helpers import assert_resumes, build, slow, trainer_for
 from lightning.pytorch import Callback
 
 from agcl.data.tasks import collate
@@ -155,7 +154,7 @@ def test_step_does_not_raise_the_loss_on_the_memory(llama_folder, task_files, tm
 
 @pytest.mark.parametrize(("every_n_steps", "crash_at"), [(1, 8), (1, 12), *slow((None, 9))])
 def test_resumed_run_equals_the_straight_one(gpt2_folder, task_files, tmp_path, every_n_steps, crash_at):
-    assert_resumes(gpt2_folder, task_files, tmp_path, lambda: AGEM(2, 2), every_n_steps, crash_at)
+    assert_resumes(gpt2_folder, task_files, tmp_path, lambda: AGEM(2, 2), crash_at, every_n_steps=every_n_steps)
 
 
 def test_unusable_values_are_refused():

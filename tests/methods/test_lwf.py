@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from continual_cases import assert_resumes, batch_of
-from helpers import build, slow, trainer_for, weights
+from continual_cases import batch_of
+from helpers import assert_resumes, build, slow, trainer_for, weights
 from lightning.pytorch import Callback
 
 from agcl.errors import AgclError
@@ -95,7 +95,7 @@ def test_with_an_adapter_the_teacher_is_the_adapters_copy(llama_folder, task_fil
 # A checkpoint inside of task 2, of its last step, and of task 1's last step.
 @pytest.mark.parametrize(("every_n_steps", "crash_at"), [(1, 8), (1, 12), *slow((1, 6), (None, 9))])
 def test_resumed_run_equals_the_straight_one(gpt2_folder, task_files, tmp_path, every_n_steps, crash_at):
-    assert_resumes(gpt2_folder, task_files, tmp_path, LwF, every_n_steps, crash_at)
+    assert_resumes(gpt2_folder, task_files, tmp_path, LwF, crash_at, every_n_steps=every_n_steps)
 
 
 def test_unusable_values_are_refused():

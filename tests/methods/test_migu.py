@@ -4,8 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from continual_cases import assert_resumes
-from helpers import EPOCHS, build, trainer_for
+from helpers import EPOCHS, assert_resumes, build, trainer_for
 from lightning.pytorch import Callback
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -98,7 +97,7 @@ def test_masking_nothing_is_plain_fine_tuning(llama_folder, task_files, tmp_path
 
 
 def test_resumed_run_equals_the_straight_one(gpt2_folder, task_files, tmp_path):
-    assert_resumes(gpt2_folder, task_files, tmp_path, MIGU, 1, 8)
+    assert_resumes(gpt2_folder, task_files, tmp_path, MIGU, crash_at=8)
 
 
 def test_unusable_share_is_refused():

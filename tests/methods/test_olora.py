@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from continual_cases import assert_resumes, assert_saved, assert_validates
-from helpers import EPOCHS, build, slow, trainer_for
+from continual_cases import assert_saved, assert_validates
+from helpers import EPOCHS, assert_resumes, build, slow, trainer_for
 from lightning.pytorch import Callback
 
 from agcl.callbacks import ContinualReport
@@ -98,7 +98,7 @@ def test_saved_adapter_is_loaded_by_plain_peft(llama_folder, task_files, tmp_pat
 @pytest.mark.parametrize(("every_n_steps", "crash_at"), [(1, 8), (1, 12), *slow((None, 9))])
 def test_resumed_run_equals_the_straight_one(llama_folder, task_files, tmp_path, every_n_steps, crash_at):
     adapter = {**LORA, "lora_dropout": 0.2}
-    assert_resumes(llama_folder, task_files, tmp_path, OLoRA, every_n_steps, crash_at, adapter=adapter)
+    assert_resumes(llama_folder, task_files, tmp_path, OLoRA, crash_at, every_n_steps=every_n_steps, adapter=adapter)
 
 
 def test_checkpoint_is_validated_with_all_pairs(llama_folder, task_files, tmp_path):

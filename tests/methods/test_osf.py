@@ -4,8 +4,8 @@ from functools import partial
 
 import pytest
 import torch
-from continual_cases import assert_resumes, batch_of
-from helpers import EPOCHS, build, slow, trainer_for
+from continual_cases import batch_of
+from helpers import EPOCHS, assert_resumes, build, slow, trainer_for
 from lightning.pytorch import Callback
 from peft.tuners.osf import OSFLayer
 from transformers import AutoModelForCausalLM
@@ -101,7 +101,7 @@ def test_saved_model_is_the_merged_one(llama_folder, task_files, tmp_path):
 
 @pytest.mark.parametrize(("every_n_steps", "crash_at"), [(1, 8), (1, 12), *slow((1, 5), (None, 9), (None, 15))])
 def test_resumed_run_equals_the_straight_one(llama_folder, task_files, tmp_path, every_n_steps, crash_at):
-    assert_resumes(llama_folder, task_files, tmp_path, OSF, every_n_steps, crash_at, adapter=ADAPTER)
+    assert_resumes(llama_folder, task_files, tmp_path, OSF, crash_at, every_n_steps=every_n_steps, adapter=ADAPTER)
 
 
 def test_unusable_settings_are_refused(llama_folder, task_files, tmp_path):

@@ -2,8 +2,18 @@
 
 import pytest
 import torch
-from continual_cases import assert_resumes, assert_saved, assert_validates, batch_of
-from helpers import EPOCHS, CrashError, attribution, build, by_direction, check_budget, slow, trainer_for
+from continual_cases import assert_saved, assert_validates, batch_of
+from helpers import (
+    EPOCHS,
+    CrashError,
+    assert_resumes,
+    attribution,
+    build,
+    by_direction,
+    check_budget,
+    slow,
+    trainer_for,
+)
 from lightning.pytorch import Callback
 
 from agcl.callbacks import AttributionCallback, ContinualReport
@@ -119,8 +129,8 @@ def test_resumed_run_equals_the_straight_one(
         task_files,
         tmp_path,
         lambda: by_direction(0.7, every=4, own_text=own_text),
-        every_n_steps,
         crash_at,
+        every_n_steps=every_n_steps,
         adapter=adapter,
     )
 
