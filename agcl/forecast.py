@@ -5,14 +5,16 @@ each constant says which. **Nothing was measured on a GPU.**
 
 Bytes on each of ``r`` devices, ``s`` of which share the weights (1 under DDP, all of them under FSDP2)::
 
-    kept      = (weights * w + trained * (g + o) + gated * i) / s + gathered
+    kept      = (weights * w + trained * (g + o) + gated * i) / s + gathered + directions
     training  = kept + max(activations + casts, copy of the largest gated tensor)
-    boundary  = kept + gated * a / r + activations of the attributed batch
+    boundary  = kept + gated * a / r + moments + activations of the attributed batch
     peak      = max(training, boundary)
 
-``w``, ``g``, ``o``, ``i``, ``a``: bytes of a weight, of its gradient (twice under DDP, whose buckets are copies), of
-the optimizer's state, of its importance, and of its scores at a task boundary. ``gathered``, FSDP2 alone: two layers'
-weights whole, the one in use and the next.
+``w``, ``g``, ``o``, ``i``, ``a``: bytes of a weight (fewer of a quantised one), of its gradient (twice under DDP, whose
+buckets are copies), of the optimizer's state, of its importance, and of its scores at a task boundary. ``gathered``,
+FSDP2 alone: two layers' weights whole, the one in use and the next. ``moments``, where matrices are gated by direction:
+4 bytes for each pair of a matrix's inputs; ``directions``: as many again, 2 (under ``bf16-mixed``) or 4 at most of the
+maps, and the gated matrices as they were. Moments are in host memory where importance is.
 
 Seconds::
 
@@ -20,13 +22,15 @@ Seconds::
     training     = steps * micro_batches * max((4 * weights + 2 * trained) * rows * tokens / flops,
                                                weights * 67 / bandwidth) + steps * trained / s * 28 / bandwidth
     gate         = steps * gated / s * 29 / bandwidth
+    directions   = steps * 2 * products / flops / steps from one product to the next
+    own text     = the model's, written token by token and attributed
     attribution  = num_tasks * ceil(samples / r) * row * factor
     normalising  = num_tasks * gated * 8.9e-9
 
 A pass over a token costs two operations per weight forward, two backward through a weight, two more for its gradient,
 and not less than the weights' own way through memory. Attention's products (small for rows much shorter than the model
 is wide), scoring, reading data, writing files and what single processes wait for each other are left out. Rows are
-attributed one by one; in batches they take about two thirds.
+attributed one by one; in batches they take about two thirds. Left out as well: finding the directions of moments.
 """
 
 import math
@@ -72,6 +76,8 @@ class ModelSize:
         matrices: Number of weights that are gated by direction.
         squares: Sum over those matrices of their inputs squared.
         products: Multiplications of those matrices with their maps.
+        quantised: Number of weights that are stored quantised.
+        quantised_bytes: What those take, all together.
     """
 
     weights: int
@@ -85,6 +91,8 @@ class ModelSize:
     matrices: int = 0
     squares: int = 0
     products: int = 0
+    quantised: int = 0
+    quantised_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -139,7 +147,7 @@ class Settings:
         importance_bytes: Kept between steps per gated weight: 1; with ``importance_bits: 16``, 2; the merges
             ``mean`` and ``probabilistic_or`` twice that and one more; the shuffled control one more.
         file_bytes: Of a gated weight in a task's importance file: 1; with ``importance_bits: 16``, 2.
-        importance_on_host: Whether importance lies in host memory.
+        importance_on_host: Whether importance, and the moments that directions are found from, lie in host memory.
         aggregation: ``mean`` over samples, or the mean of the K largest, by ``blocks`` or ``exact``.
         top_k: K.
         gradient_checkpointing: Whether activations are computed again in the backward pass.
@@ -256,9 +264,7 @@ def forecast(size: ModelSize, settings: Settings, work: Work, machine: Machine) 
         kept=_kept(size, settings),
         training=_training(size, settings, work),
         boundary=_boundary(size, settings, work),
-        host={"importance": size.gated * settings.importance_bytes // settings.shards}
-        if settings.gate and settings.importance_on_host
-        else {},
+        host=_host(size, settings),
         seconds=_seconds(size, settings, work, machine),
         files=_files(size, settings, work),
     )
@@ -269,7 +275,7 @@ def _kept(size: ModelSize, settings: Settings) -> dict[str, int]:
     # DDP's buckets are copies of the gradients (gradient_as_bucket_view: false).
     copies = 2 if settings.strategy == "ddp" and settings.devices > 1 else 1
     kept = {
-        "weights": size.weights * width // shards,
+        "weights": ((size.weights - size.quantised) * width + size.quantised_bytes) // shards,
         "gradients": size.trained * width * copies // shards,
         "optimizer": int(size.trained * settings.state_bytes) // shards,
     }
@@ -277,10 +283,18 @@ def _kept(size: ModelSize, settings: Settings) -> dict[str, int]:
         kept["importance"] = size.gated * settings.importance_bytes // shards
     if size.matrices:  # moments, at most as many numbers of maps, and the matrices as they were
         of_maps = 2 if settings.precision == "bf16-mixed" else 4
-        kept["directions"] = (4 + of_maps) * size.squares + size.matrices * width
+        of_moments = 0 if settings.importance_on_host else 4
+        kept["directions"] = (of_moments + of_maps) * size.squares + size.matrices * width
     if shards > 1:
         kept["gathered layers"] = 2 * size.weights // max(size.layers, 1) * width
     return kept
+
+
+def _host(size: ModelSize, settings: Settings) -> dict[str, int]:
+    if not settings.gate or not settings.importance_on_host:
+        return {}
+    moments = {"moments": 2 * 4 * size.squares} if size.squares else {}  # those of one more task at a boundary
+    return {"importance": size.gated * settings.importance_bytes // settings.shards, **moments}
 
 
 def _training(size: ModelSize, settings: Settings, work: Work) -> dict[str, int]:
@@ -306,7 +320,7 @@ def _boundary(size: ModelSize, settings: Settings, work: Work) -> dict[str, int]
         "scores": size.gated * each // settings.devices,  # each process has its rows, also under DDP
         "passes": passes + _casts(size, settings),
     }
-    if size.squares:
+    if size.squares and not settings.importance_on_host:
         boundary["new moments"] = 4 * size.squares
     return boundary
 
@@ -325,7 +339,8 @@ def _casts(size: ModelSize, settings: Settings) -> int:
     """Autocast keeps a 16-bit copy of each weight in use until the pass is over."""
     if settings.precision != "bf16-mixed":
         return 0
-    return 2 * size.weights if settings.shards == 1 else 4 * size.weights // max(size.layers, 1)
+    cast = size.weights - size.quantised
+    return 2 * cast if settings.shards == 1 else 4 * cast // max(size.layers, 1)
 
 
 def _seconds(size: ModelSize, settings: Settings, work: Work, machine: Machine) -> dict[str, float]:
@@ -356,7 +371,8 @@ def _seconds(size: ModelSize, settings: Settings, work: Work, machine: Machine) 
 def _files(size: ModelSize, settings: Settings, work: Work) -> dict[str, int]:
     width = _WEIGHT_BYTES[settings.precision]
     importance = size.gated * settings.importance_bytes if settings.gate else 0
-    checkpoint = size.weights * width + int(size.trained * settings.state_bytes) + importance + 4 * size.squares
+    weights = (size.weights - size.quantised) * width
+    checkpoint = weights + int(size.trained * settings.state_bytes) + importance + 4 * size.squares
     files = {"one checkpoint": checkpoint}
     if settings.gate:
         files["importance of all tasks"] = size.gated * settings.file_bytes * work.num_tasks

@@ -1,11 +1,12 @@
 """Loading causal language models and tokenizers by hub name, local folder, GGUF file or built-in name; saving them."""
 
 import importlib.util
+import itertools
 import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -15,10 +16,11 @@ from typing import Any
 import torch
 from huggingface_hub.constants import HF_HOME
 from peft import PeftConfig, PeftModel, PeftType, get_peft_config, get_peft_model
+from torch import Tensor, nn
 from torch.nn import ModuleList
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from agcl.architectures import not_causal
+from agcl.architectures import is_quantised_linear, not_causal
 from agcl.errors import AgclError, is_memory_full
 from agcl.files import sync_folder, sync_tree
 from agcl.shards import has_shards
@@ -110,6 +112,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
+    quantization_config: dict[str, Any] | None = None,
     is_trained_whole: bool = False,
 ) -> PreTrainedModel:
     """Load a causal language model for training.
@@ -121,6 +124,8 @@ def load_model(
             run's precision (``bf16-true`` and the like).
         attn_implementation: As in transformers. ``None`` lets transformers choose.
         trust_remote_code: Run model code that comes with the checkpoint. Off unless you trust its author.
+        quantization_config: As in transformers, to quantise the weights of linear maps on loading:
+            ``{"load_in_4bit": True, ...}`` needs bitsandbytes.
         is_trained_whole: Whether all weights are to be trained, which quantised ones cannot be.
 
     Raises:
@@ -133,13 +138,8 @@ def load_model(
             "into: take sdpa or eager, or, if you trust it, `trust_remote_code`."
         )
     config = load_config(model_name_or_path, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
-    quantisation = getattr(config, "quantization_config", None)
-    if is_trained_whole and gguf_file is None and quantisation is not None:
-        method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation.quant_method
-        raise AgclError(
-            f"The weights of `{model_name_or_path}` are quantised ({method}), so they cannot be trained: take the "
-            "model without quantisation, or train an `adapter` on it."
-        )
+    if is_trained_whole and gguf_file is None:
+        check_not_quantised(model_name_or_path, config, quantization_config)
     with _loading("model", model_name_or_path):
         model = AutoModelForCausalLM.from_pretrained(
             resolve_model(model_name_or_path),
@@ -147,12 +147,71 @@ def load_model(
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
             **_gguf(gguf_file),
+            **({} if quantization_config is None else {"quantization_config": quantization_config}),
         )
     quantizer = getattr(model, "hf_quantizer", None)
     if gguf_file is not None and quantizer is not None:
         # The weights are ordinary floats by now, but the mark of their origin would refuse `save_pretrained`.
         quantizer.remove_quantization_config(model)
+    for _, module in _quantised(model):
+        # bitsandbytes packs 4-bit weights for a fast kernel when a CPU evaluates them, and leaves them so when they are
+        # trained on: that kernel passes no gradient.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     return model
+
+
+def check_not_quantised(model_name_or_path: str, config: Any, quantization_config: dict[str, Any] | None) -> None:
+    """Raise if weights that are to be trained are, or would be, quantised.
+
+    Args:
+        model_name_or_path: For the message.
+        config: The model's.
+        quantization_config: See :func:`load_model`.
+
+    Raises:
+        AgclError: With the remedy.
+    """
+    if quantization_config is not None:
+        raise AgclError("Weights that `quantization_config` quantises cannot be trained: train an `adapter` on them.")
+    quantisation = getattr(config, "quantization_config", None)
+    if quantisation is not None:
+        method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation.quant_method
+        raise AgclError(
+            f"The weights of `{model_name_or_path}` are quantised ({method}), so they cannot be trained: take the "
+            "model without quantisation, or train an `adapter` on it."
+        )
+
+
+def without_quantised(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict less the quantised weights, which no training changes, and less what tells how to read them.
+
+    Args:
+        model: The model.
+        weights: Its ``state_dict()``.
+    """
+    prefixes = [f"{name}." for name, _ in _quantised(model)]
+    biases = {f"{prefix}bias" for prefix in prefixes}
+    return {n: w for n, w in weights.items() if n in biases or not n.startswith(tuple(prefixes))}
+
+
+def with_quantised(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict to be loaded into a model, with the model's own quantised weights where it has none.
+
+    Args:
+        model: The model.
+        weights: As from :func:`without_quantised`.
+    """
+    own = {
+        f"{name}.{part}": tensor.detach()
+        for name, module in _quantised(model)
+        for part, tensor in itertools.chain(module.named_parameters(), module.named_buffers())
+    }
+    return own | dict(weights)
+
+
+def _quantised(model: nn.Module) -> list[tuple[str, Any]]:
+    return [(name, module) for name, module in model.named_modules() if is_quantised_linear(module)]
 
 
 def adapter_config(adapter: dict[str, Any]) -> PeftConfig:
@@ -228,6 +287,11 @@ def shard_model(model: Any, device_mesh: Any) -> None:
         raise AgclError(
             f"{what} are merged when the model is saved, which weights that are split over processes "
             "(ModelParallelStrategy) do not allow; take `strategy: ddp`."
+        )
+    if _quantised(model):
+        raise AgclError(
+            "Quantised weights are not split over processes (ModelParallelStrategy): take `strategy: ddp`, or leave "
+            "`quantization_config` out."
         )
     if device_mesh["tensor_parallel"].size() > 1:
         raise AgclError(
@@ -324,6 +388,8 @@ def _unloadable(what: str, name: str, error: Exception) -> AgclError:
             f"`{name}` comes with code of its own, which is run only if you trust it: read it, then say "
             "`--model.trust_remote_code true`, or choose a model that transformers knows."
         )
+    if isinstance(error, ImportError):
+        return AgclError(f"No {what} could be loaded from `{name}`: install what it needs ({reason[:300]})")
     remedy = "give a hub name, a local folder or builtin:NAME"
     if "attention implementation" in reason:
         remedy = "set `model.attn_implementation` to one that it has, or to null for its own choice"

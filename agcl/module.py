@@ -29,7 +29,15 @@ from agcl.metrics import (
     LearningAccuracy,
     ScoreMatrix,
 )
-from agcl.models import load_model, load_tokenizer, put_adapter_on, save_model, shard_model
+from agcl.models import (
+    load_model,
+    load_tokenizer,
+    put_adapter_on,
+    save_model,
+    shard_model,
+    with_quantised,
+    without_quantised,
+)
 from agcl.ranks import Ranks
 from agcl.schedules import WarmupDecay
 from agcl.scoring import TaskScorer, answer_logits, token_nll
@@ -56,6 +64,8 @@ class ContinualLM(LightningModule):
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
         attn_implementation: As in transformers; attribution needs ``sdpa`` or ``eager``.
         trust_remote_code: Run model code that comes with the checkpoint. Off unless you trust its author.
+        quantization_config: As in transformers: quantise the weights of linear maps on loading, to train an ``adapter``
+            on them (QLoRA). ``{load_in_4bit: true, ...}`` needs bitsandbytes.
         compiled: Train through a forward pass that ``torch.compile`` has made of the model's, over the same weights.
             Scoring, attribution and saving use the model as it is.
     """
@@ -70,6 +80,7 @@ class ContinualLM(LightningModule):
         gradient_checkpointing: bool = False,
         attn_implementation: str | None = "sdpa",
         trust_remote_code: bool = False,
+        quantization_config: dict[str, Any] | None = None,
         compiled: bool = False,
     ) -> None:
         super().__init__()
@@ -89,6 +100,7 @@ class ContinualLM(LightningModule):
         self.gradient_checkpointing = gradient_checkpointing
         self.attn_implementation = attn_implementation
         self.trust_remote_code = trust_remote_code
+        self.quantization_config = quantization_config
         self.compiled = compiled
         self.model: Any = None
         self._run: Callable[..., Any] | None = None  # the compiled forward pass
@@ -142,6 +154,7 @@ class ContinualLM(LightningModule):
             gguf_file=self.gguf_file,
             attn_implementation=self.attn_implementation,
             trust_remote_code=self.trust_remote_code,
+            quantization_config=self.quantization_config,
             is_trained_whole=self.adapter is None,
         )
         if self.gradient_checkpointing:
@@ -410,7 +423,11 @@ class ContinualLM(LightningModule):
     # ------------------------------------------------------------- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the score matrices, each process's random-number state, and what identifies model and tasks."""
+        """Keep the score matrices, each process's random-number state, and what identifies model and tasks.
+
+        Quantised weights are left out: they are made from the model's again.
+        """
+        checkpoint["state_dict"] = without_quantised(self, checkpoint.get("state_dict", {}))
         checkpoint["agcl"] = {
             "scores": {name: matrix.compute().cpu() for name, matrix in self.score_matrices.items()},
             "random": Ranks.of_this_run().collected(self._random_numbers()),  # on all ranks
@@ -432,6 +449,7 @@ class ContinualLM(LightningModule):
             raise AgclError("This checkpoint was not written by agcl: it holds no score matrix.")
         for change in self.checkpoint_changes:
             change(checkpoint)
+        checkpoint["state_dict"] = with_quantised(self, checkpoint.get("state_dict", {}))
         ours = self._shapes()
         for name in sorted(saved["shapes"].keys() | ours.keys()):
             if saved["shapes"].get(name) != ours.get(name):
@@ -485,7 +503,7 @@ class ContinualLM(LightningModule):
         return [[task.name, task.epochs] for task in self.tasks]
 
     def _shapes(self) -> dict[str, list[int]]:
-        return {name: list(parameter.shape) for name, parameter in self.named_parameters()}
+        return {name: list(p.shape) for name, p in self.named_parameters() if p.is_floating_point()}
 
     def save_pretrained(self, folder: str | Path, is_writer: bool = True) -> None:
         """Write the language model (or its adapters, as one) and tokenizer in Hugging Face format.

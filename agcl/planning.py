@@ -25,7 +25,7 @@ from agcl.data.sequence import Regime
 from agcl.errors import AgclError
 from agcl.forecast import MACHINES, Forecast, Machine, ModelSize, Precision, Settings, Work, forecast
 from agcl.lightning_cli import FitConfiguration
-from agcl.models import load_config
+from agcl.models import check_not_quantised, load_config
 from agcl.task_pairs import add_pairs, pairs_problem, unfit_pairs
 
 DESCRIPTION = "Print what memory and time `agcl fit` with this configuration would take; nothing is loaded."
@@ -90,6 +90,10 @@ def remedies(size: ModelSize, settings: Settings, *, has_adapter: bool) -> list[
     found = ["fewer rows in a batch (`data.batch_size`)"]
     if not settings.gradient_checkpointing:
         found.append("`model.gradient_checkpointing: true`")
+    if size.squares and not settings.importance_on_host:
+        found.append("`importance_on: host` (the moments that directions are found from are kept in host memory)")
+    if has_adapter and not size.quantised and settings.strategy != "fsdp":
+        found.append("`model.quantization_config: {load_in_4bit: true}` (QLoRA)")
     if size.squares and has_adapter:
         found.append("fewer `target_modules` of the adapter, each of which brings the directions of its inputs")
     elif not has_adapter:
@@ -115,9 +119,28 @@ def model_size(config: Any, built: Any = None) -> ModelSize:
     """
     built, callback = model_of(config) if built is None else built, attribution_options(config)
     if callback is None:
-        return size_of(built, {})
-    gated = gated_sizes(built, callback.get("parameters", ""))
-    return size_of(built, gated, by_direction=_gates_by_direction(config, callback))
+        found = size_of(built, {})
+    else:
+        gated = gated_sizes(built, callback.get("parameters", ""))
+        found = size_of(built, gated, by_direction=_gates_by_direction(config, callback))
+    quantisation = config.model.quantization_config or getattr(built.config, "quantization_config", None)
+    if quantisation is None or config.model.gguf_file is not None:
+        return found
+    num_weights = _num_quantised(built)
+    return replace(found, quantised=num_weights, quantised_bytes=int(num_weights * _bits_of(quantisation) / 8))
+
+
+def _num_quantised(model: Any) -> int:
+    """Weights of the linear maps that libraries quantise: those of an adapter and of the head are left as they are."""
+    head = model.get_output_embeddings()
+    linear = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and m is not head}
+    return sum(module.weight.numel() for name, module in linear.items() if not is_of_pair(f"{name}.weight"))
+
+
+def _bits_of(quantisation: Any) -> float:
+    """Of a weight; a scale in float32 for each block of 64 included, as bitsandbytes has it at 4 bits."""
+    given = quantisation if isinstance(quantisation, dict) else quantisation.to_dict()
+    return 4.5 if given.get("load_in_4bit") else float(given.get("bits", 8))
 
 
 def _gates_by_direction(config: Any, callback: Any) -> bool:
@@ -223,9 +246,11 @@ def weightless_model(model: Any) -> Any:
         model: The arguments of ``ContinualLM``.
 
     Raises:
-        AgclError: If the configuration cannot be loaded, or no model built from it.
+        AgclError: If the configuration cannot be loaded, no model built from it, or its weights not be trained.
     """
     config = load_config(model.model_name_or_path, gguf_file=model.gguf_file, trust_remote_code=model.trust_remote_code)
+    if model.adapter is None and model.gguf_file is None:
+        check_not_quantised(model.model_name_or_path, config, model.quantization_config)
     try:
         with torch.device("meta"):
             built: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)

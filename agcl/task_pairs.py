@@ -52,7 +52,7 @@ def unfit_pairs(model: Any, parameters: Sequence[str]) -> str | None:
     if any(len(layer.lora_embedding_A) for layer in layers):
         return "`adapter.target_modules` takes in an embedding, whose inputs have no directions"
     if not pairs_of(model, parameters):
-        return "no pair's first matrix (`lora_A`) is both selected and beside weights in floating point"
+        return "no pair's first matrix (`lora_A`) is among the selected parameters"
     return None
 
 
@@ -134,7 +134,7 @@ def set_aside(model: Any, index: int, seed: int) -> None:
 
 
 def pairs_of(model: Any, parameters: Sequence[str]) -> dict[str, str]:
-    """Weights that an adapter's pair is beside -> that pair's ``A``, which meets the same inputs.
+    """Weights that an adapter's pair is beside, quantised or not -> that pair's ``A``, which meets the same inputs.
 
     Args:
         model: With or without adapters.
@@ -142,11 +142,10 @@ def pairs_of(model: Any, parameters: Sequence[str]) -> dict[str, str]:
     """
     wanted = set(parameters)
     found: dict[str, str] = {}
-    known = {name for name, parameter in model.named_parameters() if parameter.is_floating_point()}
     for name, module in model.named_modules():
-        if isinstance(module, LoraLayer) and (base := f"{name}.base_layer.weight") in known:
+        if isinstance(module, LoraLayer):
             downs = [f"{name}.lora_A.{adapter}.weight" for adapter in module.lora_A]
-            found.update((base, down) for down in downs if down in wanted)
+            found.update((f"{name}.base_layer.weight", down) for down in downs if down in wanted)
     return found
 
 

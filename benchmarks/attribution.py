@@ -207,7 +207,7 @@ def by_direction(model, samples, optimizer, training, alone, repeats):
         return Evidence(model, names, samples, count, batch_size=count, only_correct=False, observe=observe)
 
     def find():
-        return input_moments(evidence(), estimator, matrices)
+        return input_moments(evidence(), estimator, MomentSums(matrices))
 
     seconds_of_moments, moments = smallest_time(find, 1), find()
     alone_scored = smallest_time(lambda: estimator.scores(evidence()), 2)

@@ -196,7 +196,7 @@ def run(options):
     if options.kind == "directions":
         control = "shuffled" if options.shuffled else "none"
         settings = Directions(options.plasticity, options.sharpness, options.every, not options.unweighted)
-        directions = DirectionsSoFar(settings, SCORES[options.score](), control)
+        directions = DirectionsSoFar(settings, SCORES[options.score](), control, on_host=False)
         evidence = evidence_of(model, rows[languages[0]], 1)
         directions.find(model, evidence.parameters, next(iter(evidence.samples)))
     matrix = [[evaluate(model, rows[language]) for language in languages]]

@@ -72,7 +72,7 @@ def gate_the_head():
     """The embedding, which is the head's matrix as well, by the directions of the head's inputs."""
     observe = directions_module.MomentSums.observe
 
-    def find(model, parameters, sample, rule):
+    def find(model, parameters, sample, rule, pairs):
         kinds = {}
         directions_module._run_forward(
             model, parameters, [sample], rule, lambda name, use, _: kinds.setdefault(name, set()).add(use.kind)
@@ -89,7 +89,7 @@ def gate_the_head():
 def one_threshold():
     """One c for all matrices, on eigenvalues of mean 1 a task, in place of one budget for each matrix (sharpness 1)."""
 
-    def maps(self, plasticity, sharpness, control, seed):
+    def maps(self, plasticity, sharpness, control, seed, device):
         found = {name: torch.linalg.eigh(moment.float()) for name, moment in self.sums.items()}
         importance = {name: values.clamp(min=0) * len(values) for name, (values, _) in found.items()}
         sizes = [len(values) for values in importance.values()]

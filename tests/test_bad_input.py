@@ -355,6 +355,10 @@ FIT: dict[str, tuple[Callable[[Place], Overrides], str]] = {
         lambda place: place.model(quantization_config={"quant_method": "gptq", "bits": 4}),
         r"model` are quantised \(gptq\).*take the model without quantisation",
     ),
+    "weights to be quantised": (
+        lambda place: {"model__quantization_config": {"load_in_4bit": True}},
+        r"that `quantization_config` quantises cannot be trained: train an `adapter`",
+    ),
     "truncated weights": (truncated_weights, r"No model could be loaded from .*model`.*incomplete metadata"),
     "tokenizer of another model": (
         tokenizer_of_another_model,

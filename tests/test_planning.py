@@ -45,6 +45,29 @@ def test_weights_are_counted_without_the_checkpoint(llama_folder, task_files, tm
     assert (size.layers, size.width, size.inner) == (2, 16, 32)
 
 
+@pytest.mark.parametrize(("bits", "each"), [(4, 4.5 / 8), (8, 1)])
+def test_quantised_weights_take_fewer_bytes(llama_folder, task_files, tmp_path, bits, each):
+    def plan(**options):
+        gate = {"class_path": "agcl.AttributionCallback", "init_args": options.pop("gate", {})}
+        given = {"model__adapter": LORA, "trainer__callbacks": [gate], **options}
+        config = configuration(write_config(llama_folder, task_files, tmp_path, **given))
+        size = planning.model_size(config)
+        return size, forecast(size, planning.read_settings(config, MACHINES["cpu"]), Work(2, 100), MACHINES["cpu"])
+
+    plain, whole = plan()
+    quantised, small = plan(model__quantization_config={f"load_in_{bits}bit": True})
+    linear = sum(
+        w.numel() for n, w in AutoModelForCausalLM.from_config(tiny_config("llama")).named_parameters() if "proj" in n
+    )
+    assert (quantised.weights, quantised.quantised, plain.quantised) == (plain.weights, linear, 0)
+    assert whole.kept["weights"] - small.kept["weights"] == linear * 4 - int(linear * each)
+    assert whole.files["one checkpoint"] - small.files["one checkpoint"] == linear * 4
+    _, on_host = plan(gate={"importance_on": "host"})
+    moments = 4 * plain.squares
+    assert whole.kept["directions"] - on_host.kept["directions"] == whole.boundary["new moments"] == moments
+    assert on_host.host["moments"] == 2 * moments
+
+
 def test_only_named_parameters_count_as_gated(llama_folder, task_files, tmp_path):
     callbacks = [{"class_path": "agcl.AttributionCallback", "init_args": {"parameters": "up_proj"}}]
     config = configuration(write_config(llama_folder, task_files, tmp_path, trainer__callbacks=callbacks))

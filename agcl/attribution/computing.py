@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..errors import AgclError
 from ..results import shown_name
 from .artefact import save_importance
-from .directions import InputMoments, find_matrices, input_moments
+from .directions import InputMoments, MomentSums, find_matrices, input_moments
 from .estimators import LRP, Estimator, Evidence, PerSampleGradient
 from .fingerprints import fingerprint
 from .importance import ImportanceConfig, normalise
@@ -131,7 +131,7 @@ def compute_input_moments(
     first, samples = _read(model, rows)
     matrices = _matrices_of(model, names, first, estimator)
     evidence = Evidence(model, names, samples, num_samples, batch_size=batch_size, only_correct=only_correct)
-    moments = input_moments(evidence, estimator, matrices)
+    moments = input_moments(evidence, estimator, MomentSums(matrices))
     if not evidence.num_used:
         raise AgclError(_NOT_LEARNED)
     return moments

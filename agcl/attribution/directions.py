@@ -18,8 +18,9 @@ Intelligence 2019, arXiv 1810.01256), gradient projection memory (Saha et al., I
 import math
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -47,7 +48,13 @@ _LEAST = 2.0**-20  # of the largest eigenvalue: below are rounding errors
 Control = Literal["none", "shuffled", "flattened"]
 
 
-def find_matrices(model: nn.Module, parameters: Sequence[str], sample: Sample, rule: GradientRule) -> dict[str, bool]:
+def find_matrices(
+    model: nn.Module,
+    parameters: Sequence[str],
+    sample: Sample,
+    rule: GradientRule,
+    pairs: Mapping[str, str] = MappingProxyType({}),
+) -> dict[str, bool]:
     """Find the parameters that are weight matrices of linear maps.
 
     Left out are embeddings, also where they are tied to the output's weights, everything that is no matrix, what a
@@ -59,6 +66,8 @@ def find_matrices(model: nn.Module, parameters: Sequence[str], sample: Sample, r
         parameters: Names to look among.
         sample: Any.
         rule: Under which the model will be seen.
+        pairs: Of weights that are not looked at themselves, name -> that of the first matrix of a LoRA pair beside
+            them, as from :func:`agcl.task_pairs.pairs_of`; they are found if the pair is two linear maps.
 
     Returns:
         Name -> whether it is used as ``x W``, W of shape (in, out), instead of ``x W^T``; none, if the model uses
@@ -69,7 +78,8 @@ def find_matrices(model: nn.Module, parameters: Sequence[str], sample: Sample, r
     """
     kinds: dict[str, set[str]] = {}
     parameters = [name for name in parameters if not is_of_pair(name)]
-    if not parameters:
+    looked_at = [*parameters, *pairs.values(), *map(_up, pairs.values())]
+    if not looked_at:
         return {}
 
     def on_use(name: str, use: Use, output: Tensor) -> None:
@@ -77,15 +87,25 @@ def find_matrices(model: nn.Module, parameters: Sequence[str], sample: Sample, r
         kinds.setdefault(name, set()).add(use.kind if is_whole else "other")
 
     try:
-        _run_forward(model, parameters, [sample], rule, on_use)
+        _run_forward(model, looked_at, [sample], rule, on_use)
     except UnseenUseError:
         return {}
-    return {n: k == {"transposed"} for n, k in kinds.items() if k in ({"linear"}, {"transposed"})}
+    single = {name: kinds.get(name) for name in parameters}
+    found = {name: kind == {"transposed"} for name, kind in single.items() if kind in ({"linear"}, {"transposed"})}
+    for name, down in pairs.items():
+        if kinds.get(down) == kinds.get(_up(down)) == {"linear"}:
+            found[name] = False
+    return found
 
 
 def is_of_pair(name: str) -> bool:
     """Whether a parameter is one of a LoRA pair, by its name."""
     return bool(_PAIR.search(name))
+
+
+def _up(down: str) -> str:
+    """The second matrix of a LoRA pair, by the first one's name."""
+    return down.replace(".lora_A.", ".lora_B.")
 
 
 @dataclass(frozen=True)
@@ -115,7 +135,12 @@ class InputMoments:
         return InputMoments({name: moment.to(device) for name, moment in self.sums.items()}, self.transposed)
 
     def maps(
-        self, plasticity: float = 0.8, sharpness: float = 4.0, control: Control = "none", seed: int = 0
+        self,
+        plasticity: float = 0.8,
+        sharpness: float = 4.0,
+        control: Control = "none",
+        seed: int = 0,
+        device: torch.device | str | None = None,
     ) -> dict[str, tuple[Tensor, bool]]:
         """How far each matrix may move in which direction, for :class:`agcl.gating.DirectionalGate`.
 
@@ -124,6 +149,7 @@ class InputMoments:
             sharpness: The same.
             control: ``"shuffled"``: the same shares in random directions; ``"flattened"``: their mean in all of them.
             seed: Of the random directions.
+            device: Where the maps are to be, and are made, one after the other; beside the moments, if left out.
 
         Returns:
             Name -> ``V``, float32, shape (in, held), and whether the matrix is transposed: its step is mapped by
@@ -140,7 +166,8 @@ class InputMoments:
         for name, moment in self.sums.items():
             if not moment.isfinite().all():  # nothing would be held
                 raise AgclError(f"The moments of the inputs of `{name}` are not finite; compute them anew.")
-            shares, directions = shares_kept(moment, plasticity, sharpness)
+            there = moment if device is None else moment.to(device)
+            shares, directions = shares_kept(there, plasticity, sharpness)
             held = 1 - shares
             if control == "flattened":
                 held, directions = held.mean().expand(len(held)), torch.eye(len(held), device=held.device)
@@ -156,26 +183,52 @@ class InputMoments:
 class MomentSums:
     """Adds up ``A`` of each matrix while backward passes come by.
 
+    Weights that have a LoRA pair beside them need not be looked at themselves, and may be quantised: the first matrix
+    ``A`` of the pair meets the same inputs, and the same gradient arrives at the second, but for the pair's scale.
+
     Args:
         transposed: The matrices, as from :func:`find_matrices`.
+        pairs: As for :func:`find_matrices`: those of ``transposed`` that are seen by their pairs.
         weighted: If not, every input on which the objective rests at all counts alike.
+        home: Where the sums are held; beside the inputs, if left out.
     """
 
-    def __init__(self, transposed: dict[str, bool], *, weighted: bool = True) -> None:
-        self._transposed, self._weighted = transposed, weighted
+    def __init__(
+        self,
+        transposed: Mapping[str, bool],
+        pairs: Mapping[str, str] = MappingProxyType({}),
+        *,
+        weighted: bool = True,
+        home: torch.device | None = None,
+    ) -> None:
+        self._transposed, self._weighted, self._home = transposed, weighted, home
+        self._downs = {down: name for name, down in pairs.items() if name in transposed}
+        self._ups = {_up(down): name for down, name in self._downs.items()}
+        self._at_ups: dict[str, Tensor] = {}
         self._sums: dict[str, Tensor] = {}
+
+    def parameters(self) -> list[str]:
+        """What is to be observed."""
+        by_pair = self._ups.values()
+        return [*(name for name in self._transposed if name not in by_pair), *self._downs, *self._ups]
 
     def observe(self, name: str, use: Use, upstream: Tensor) -> None:
         """One use of a parameter, see :func:`agcl.attribution.attribute_batch`."""
-        if name not in self._transposed:
-            return
-        weight = upstream.reshape(-1, upstream.shape[-1]).float().square().sum(1)
+        if name in self._ups:
+            self._at_ups[self._ups[name]] = _squares(upstream)  # a backward pass comes to the first matrix next
+        elif name in self._downs:
+            self._add(self._downs[name], use, self._at_ups.pop(self._downs[name]))
+        elif name in self._transposed:
+            self._add(name, use, _squares(upstream))
+
+    def _add(self, name: str, use: Use, weight: Tensor) -> None:
         # Padding, and rows that are answered wrongly, have none; rounding errors are no reason to count alike.
         counts = (weight > weight.max() * _ROUNDING).nonzero().flatten()
         inputs = use.inputs()
         rows = inputs.reshape(-1, inputs.shape[-1])[counts].float()
         with torch.autocast(rows.device.type, enabled=False):
             moment = (rows * weight[counts, None] if self._weighted else rows).T @ rows
+        moment = moment if self._home is None else moment.to(self._home)
         self._sums[name] = self._sums[name].add_(moment) if name in self._sums else moment
 
     def moments(self) -> InputMoments:
@@ -184,22 +237,23 @@ class MomentSums:
         return InputMoments(sums, {name: self._transposed[name] for name in sums})
 
 
-def input_moments(
-    evidence: Evidence, estimator: PerSampleGradient, transposed: dict[str, bool], *, weighted: bool = True
-) -> InputMoments:
+def _squares(upstream: Tensor) -> Tensor:
+    """Of each token, the squared length of its gradient."""
+    return upstream.reshape(-1, upstream.shape[-1]).float().square().sum(1)
+
+
+def input_moments(evidence: Evidence, estimator: PerSampleGradient, sums: MomentSums) -> InputMoments:
     """``A`` of each matrix: second moments of its inputs, weighted by the squared gradient at its outputs.
 
     Args:
         evidence: Model and rows; ``num_used`` is set.
         estimator: Whose objective's gradient is taken, under its rules.
-        transposed: The matrices, as from :func:`find_matrices`.
-        weighted: See :class:`MomentSums`.
+        sums: Fresh.
 
     Returns:
         The moments; of no matrix, if no row is used.
     """
-    sums = MomentSums(transposed, weighted=weighted)
-    observed = replace(evidence, parameters=list(transposed), per_sample=True, observe=sums.observe)
+    observed = replace(evidence, parameters=sums.parameters(), per_sample=True, observe=sums.observe)
     estimator.visit(observed, consume=lambda *_: None, consume_pieces=lambda *_: None)
     evidence.num_used = observed.num_used
     return sums.moments()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.activations import ACT2CLS
 
+from agcl.architectures import is_quantised_linear
 from agcl.attribution.mode import RuleMode
 from agcl.attribution.support import check_choice, check_supported
 from agcl.errors import AgclError, UnsupportedModelError
@@ -70,6 +71,10 @@ class LRPContext:
             if isinstance(module, _ACTIVATIONS):
                 stack.callback(module.register_forward_pre_hook(self._enter_activation).remove)
                 handle = module.register_forward_hook(self._leave_activation, prepend=True, always_call=True)
+                stack.callback(handle.remove)
+            elif is_quantised_linear(module):
+                stack.callback(module.register_forward_pre_hook(self._enter_linear).remove)
+                handle = module.register_forward_hook(self._leave_linear, prepend=True, always_call=True)
                 stack.callback(handle.remove)
         stack.callback(self._release)
 
@@ -146,6 +151,20 @@ class LRPContext:
         if self._mode.muted or not isinstance(outputs, Tensor) or not torch.is_grad_enabled():
             return None
         return self._mode.activation_output(args[0], outputs)
+
+    def _enter_linear(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not self._depth:
+            return None
+        args = (self._mode.linear_input(args[0]), *args[1:])
+        self._mode.muted += 1
+        return args
+
+    def _leave_linear(self, module: nn.Module, args: tuple[Any, ...], outputs: Any) -> None:
+        if not self._depth:
+            return
+        self._mode.muted -= 1
+        if not self._mode.muted and isinstance(outputs, Tensor) and torch.is_grad_enabled():
+            self._mode.linear_output(args[0], outputs, getattr(module, "bias", None))
 
 
 _Context = TypeVar("_Context", bound=LRPContext)

@@ -114,6 +114,27 @@ class RuleMode(TorchFunctionMode):
         self.firings["identity"] += 1
         return self._record(rules.identity_rule(inputs, outputs.detach()), ACTIVATED)
 
+    def linear_input(self, inputs: Any) -> Any:
+        """What a module whose operations are not seen, but known to be one linear map, is to be given.
+
+        Args:
+            inputs: Its first argument.
+
+        Returns:
+            The same, here.
+        """
+        return inputs
+
+    def linear_output(self, inputs: Any, outputs: Tensor, bias: Tensor | None) -> None:
+        """Take note of what such a module computed, whose ordinary gradient follows the rule of linear maps.
+
+        Args:
+            inputs: As from `linear_input`.
+            outputs: Its result.
+            bias: What it has added, if anything.
+        """
+        self._record(outputs, min(self._level(inputs), ACTIVATION))
+
     def __torch_function__(
         self, func: _Operation, types: Any, args: _Arguments = (), kwargs: dict[str, Any] | None = None
     ) -> Any:

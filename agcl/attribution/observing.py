@@ -136,6 +136,16 @@ class ObservingMode(RuleMode):
         """See :class:`RuleMode`."""
         return super().activation_output(self.crossing(inputs), outputs)
 
+    def linear_input(self, inputs: Any) -> Any:
+        """See :class:`RuleMode`."""
+        return self.crossing(inputs)
+
+    def linear_output(self, inputs: Any, outputs: Tensor, bias: Tensor | None) -> None:
+        """See :class:`RuleMode`."""
+        super().linear_output(inputs, outputs, bias)
+        if bias is not None:
+            self.watch(outputs, "additive", bias.detach().clone())
+
     def watch(self, tensor: Tensor, role: Role, value: Tensor | None = None, origin: int | None = None) -> None:
         """Sum value times gradient at ``tensor`` in the backward pass; CP-LRP only, since only that conserves.
 

@@ -88,7 +88,8 @@ class AttributionCallback(Callback):
         importance: How scores over samples become importance: sign, normalisation and its scope, K, alpha.
         importance_bits: Of importance in files, merge and gate: 8, or 16, which take twice the memory.
         importance_on: ``device``: beside the weights. ``host``: in host memory, from where each parameter's is copied
-            over at each step, which takes time.
+            over at each step, which takes time; what directions are found from is then held there too, and copied at
+            task boundaries alone.
         merge: Over tasks: ``maximum`` (the paper), ``mean`` or ``probabilistic_or``.
         reestimate: Training rows kept of each old task to re-estimate its importance; 0 keeps none.
         strength: Exponent of the plasticity; 1 is the paper's linear gate, 0 no gate. Under ``directions`` it is of
@@ -167,7 +168,8 @@ class AttributionCallback(Callback):
         self._directions: DirectionsSoFar | None = None
         if self._options is not None:
             estimator = cast(PerSampleGradient, self.estimator)
-            self._directions = DirectionsSoFar(self._options, estimator, self.control)
+            on_host = self.importance_on == "host"
+            self._directions = DirectionsSoFar(self._options, estimator, self.control, on_host=on_host)
         self._so_far = ImportanceSoFar(self._merge, self._bits, self.importance_on, needs_files=self.reestimate > 0)
         self._initial: InitialModel | None = None
         self.num_boundaries = 0

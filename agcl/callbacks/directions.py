@@ -87,6 +87,7 @@ class DirectionsSoFar:
         options: See :class:`Directions`.
         estimator: Whose rules and objective weight the inputs.
         control: See :meth:`InputMoments.maps`.
+        on_host: Whether the moments are held in host memory instead of beside the weights.
 
     Attributes:
         moments: Of the tasks learned.
@@ -94,11 +95,13 @@ class DirectionsSoFar:
         dtype: Of the products with the gate's maps; to be set before `attach`.
     """
 
-    def __init__(self, options: Directions, estimator: PerSampleGradient, control: Control) -> None:
+    def __init__(self, options: Directions, estimator: PerSampleGradient, control: Control, *, on_host: bool) -> None:
         self.moments = InputMoments()
         self.options = options
         self.dtype = torch.float32
         self._estimator, self._control = estimator, control
+        self._home = torch.device("cpu") if on_host else None
+        self._device = torch.device("cpu")
         self._transposed: dict[str, bool] = {}
         self._pairs: dict[str, str] = {}
         self._is_seen = False
@@ -113,11 +116,14 @@ class DirectionsSoFar:
             UnsupportedModelError: If the rules do not see into the model.
         """
         self._pairs = pairs_of(model, parameters)
-        self._transposed = find_matrices(model, [*parameters, *self._pairs], sample, self._estimator.rule)
-        self._is_seen = (
-            bool(self._transposed) and not self._pairs and is_seen(model, parameters, sample, self._estimator)
+        self._transposed = find_matrices(model, parameters, sample, self._estimator.rule, self._pairs)
+        self._is_seen = set(self._sums().parameters()) <= set(parameters) and is_seen(
+            model, parameters, sample, self._estimator
         )
         return bool(self._transposed)
+
+    def _sums(self) -> MomentSums:
+        return MomentSums(self._transposed, self._pairs, weighted=self.options.weighted, home=self._home)
 
     def names(self) -> set[str]:
         """The matrices that are gated by direction, once a task is learned."""
@@ -129,7 +135,7 @@ class DirectionsSoFar:
 
     def observer(self) -> MomentSums | None:
         """For `learn`, to see the backward passes in which the parameters are scored; None if it cannot."""
-        return MomentSums(self._transposed, weighted=self.options.weighted) if self._is_seen else None
+        return self._sums() if self._is_seen else None
 
     def learn(self, evidence: Evidence, observed: MomentSums | None = None) -> None:
         """Take in what the model has just learned, which counts as much as anything before.
@@ -140,9 +146,12 @@ class DirectionsSoFar:
         """
         found = InputMoments() if observed is None else observed.moments()
         if not found.sums:  # several processes took turns, or rows were summed
-            found = input_moments(evidence, self._estimator, self._transposed, weighted=self.options.weighted)
-        for moment in found.sums.values():  # rounding must not let the processes' weights part
-            Ranks.of_this_run().agree_on(moment)
+            found = input_moments(evidence, self._estimator, self._sums())
+        if (ranks := Ranks.of_this_run()).size > 1:  # rounding must not let the processes' weights part
+            for moment in found.sums.values():
+                there = moment.to(self._device)
+                ranks.agree_on(there)
+                moment.copy_(there)
         self.moments += found.normalised()
 
     def attach(
@@ -160,7 +169,8 @@ class DirectionsSoFar:
         self.detach()
         self._plasticity = dict.fromkeys(self.names(), self.options.plasticity)
         if self.moments.sums and not is_last:
-            found = self.moments.maps(self.options.plasticity, self.options.sharpness, self._control, seed)
+            budget = self.options.plasticity, self.options.sharpness
+            found = self.moments.maps(*budget, self._control, seed, self._device)
             if begins:
                 self._turn_pairs(model, found)
             # A pair's first matrix meets the inputs that the weights beside it do, and is never transposed.
@@ -209,8 +219,9 @@ class DirectionsSoFar:
         return [*self.moments.sums.values(), *([] if self._gate is None else self._gate.held())]
 
     def to(self, device: torch.device) -> None:
-        """Have the moments beside the weights."""
-        self.moments = self.moments.to(device)
+        """Have the moments beside the weights, which are on this device, unless they are held in host memory."""
+        self._device = device
+        self.moments = self.moments.to(self._home or device)
 
     def begin_with(self, earlier: dict[str, Any]) -> None:
         """Hold what an earlier run has held, the text that its model wrote included.

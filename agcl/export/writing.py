@@ -12,7 +12,7 @@ from agcl.attribution.storage import index_of
 from agcl.checkpoints import look_into, model_weights
 from agcl.errors import AgclError
 from agcl.files import partial_of, sync_folder, sync_tree
-from agcl.models import load_model, load_tokenizer, save_model
+from agcl.models import load_model, load_tokenizer, save_model, with_quantised
 from agcl.results import shown_name
 from agcl.task_pairs import activate, add_pairs, num_pairs
 
@@ -84,13 +84,13 @@ def _write_checkpoint(path: Path, folder: Path, trust_remote_code: bool) -> None
     name, adapter = settings["model_name_or_path"], settings.get("adapter")
     dtype = next(weight.dtype for weight in weights.values() if weight.is_floating_point())
     with torch.random.fork_rng(devices=[]):  # an adapter's first weights are drawn, and then replaced
-        model: Any = load_model(name, dtype=dtype, **source)
+        model: Any = load_model(name, dtype=dtype, quantization_config=settings.get("quantization_config"), **source)
         if adapter is not None:
             model = get_peft_model(model, get_peft_config({"task_type": "CAUSAL_LM", **adapter}))
         if num_tasks := num_pairs(weights):
             add_pairs(model, num_tasks)
         try:
-            model.load_state_dict(weights)
+            model.load_state_dict(with_quantised(model, weights))
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:200]
             raise AgclError(

@@ -39,7 +39,7 @@ def evidence_of(model, samples, **options):
 
 def moments_of(evidence, estimator, **options):
     matrices = find_matrices(evidence.model, evidence.parameters, SAMPLE, "none")
-    return input_moments(evidence, estimator, matrices, **options).sums
+    return input_moments(evidence, estimator, MomentSums(matrices, **options)).sums
 
 
 def reference(model, name, samples, weighted=True):

@@ -22,7 +22,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from transformers import AutoModelForCausalLM
 
-from agcl.attribution.estimators import Wanda
+from agcl.attribution.estimators import LRP, Wanda
 from agcl.callbacks import AttributionCallback, Directions
 from agcl.callbacks.directions import DirectionsSoFar
 from agcl.errors import AgclError
@@ -177,6 +177,24 @@ def test_resumed_run_equals_the_straight_one(llama_folder, task_files, tmp_path,
 def test_own_text_is_held_on_after_resuming_though_no_row_is_answered(llama_folder, task_files, tmp_path, monkeypatch):
     monkeypatch.setattr("agcl.attribution.relevance.is_correct", lambda logits, targets: False)
     assert_resumes(llama_folder, task_files, tmp_path, lambda: by_direction(every=4, own_text=3), crash_at=6)
+
+
+def test_moments_stay_in_host_memory_if_they_are_to():
+    moments = {"sums": {"weight": torch.eye(3)}, "transposed": {"weight": False}}
+    for on_host, where in ((True, "cpu"), (False, "meta")):
+        directions = DirectionsSoFar(Directions(), LRP(), "none", on_host=on_host)
+        directions.begin_with(moments)
+        directions.to(torch.device("meta"))  # stands for any other device
+        assert directions.moments.sums["weight"].device.type == where
+
+
+def test_where_moments_are_held_makes_no_difference(llama_folder, task_files, tmp_path, knowing):
+    beside, on_host = (
+        weights(fit(llama_folder, task_files[:2], tmp_path / place, by_direction(importance_on=place))[0].model)
+        for place in ("device", "host")
+    )
+    for name, parameter in beside.items():
+        assert torch.equal(parameter, on_host[name]), name
 
 
 @pytest.mark.parametrize("make", [attribution, by_direction])

@@ -57,7 +57,7 @@ def test_plain_pytorch_and_no_example_loads_lightning():
     check_by_direction(results)
 
 
-@pytest.mark.slow  # the notebook, which is always run, and TRL's trainer go the same way
+@pytest.mark.slow  # the notebook, which is always run, goes the same way
 def test_hugging_face_trainer(example, tmp_path):
     results = example("hf_trainer").run(tmp_path)
     check(results)
@@ -73,6 +73,7 @@ def test_lightnings_trainer(example, tmp_path):
     assert old < 0.5 * old_plain
 
 
+@pytest.mark.slow
 def test_trl(example, tmp_path):
     pytest.importorskip("trl")
     check(example("trl_sft").run(tmp_path))

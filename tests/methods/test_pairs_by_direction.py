@@ -234,7 +234,7 @@ def test_what_is_no_plain_pair_is_gated_by_entry_unless_asked_otherwise(
 
 
 def test_without_a_first_matrix_among_the_parameters_pairs_are_none(llama_folder, task_files, tmp_path, knowing):
-    with pytest.raises(AgclError, match=r"no pair's first matrix \(`lora_A`\) is both selected"):
+    with pytest.raises(AgclError, match=r"no pair's first matrix \(`lora_A`\) is among the selected"):
         run(llama_folder, task_files[:2], tmp_path, by_direction(parameters="lora_B"))
     callback = AttributionCallback(parameters="lora_B")
     model, _ = run(llama_folder, task_files[:2], tmp_path, callback)
