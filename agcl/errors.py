@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable
+from typing import Any, get_args
 
 _MEMORY_FULL = re.compile(r"out of memory|ALLOC_FAILED|can't allocate memory|not enough memory", re.IGNORECASE)
 
@@ -35,6 +36,33 @@ def raise_any(problems: Iterable[str]) -> None:
     """
     if found := tuple(problems):
         raise AgclError(*found)
+
+
+def choice_problem(name: str, value: Any, choices: Any) -> str | None:
+    """What to say of an option that is none of the values of a ``typing.Literal``; None, if it is one.
+
+    Args:
+        name: The option's.
+        value: What the user gave.
+        choices: The ``Literal``.
+    """
+    allowed = get_args(choices)
+    return None if value in allowed else f"`{name}` is {value!r}; choose one of {', '.join(map(repr, allowed))}."
+
+
+def check_choice(name: str, value: Any, choices: Any) -> None:
+    """Raise unless an option is one of the values of a ``typing.Literal``; see :func:`choice_problem`.
+
+    Raises:
+        AgclError: Naming the option, the value and the choices.
+    """
+    if (problem := choice_problem(name, value, choices)) is not None:
+        raise AgclError(problem)
+
+
+def one_line(error: object, most: int = 300) -> str:
+    """An error's message in one line, cut where it gets long; its type, if it says nothing."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
 
 
 def user_error(error: BaseException | None) -> AgclError | None:

@@ -7,7 +7,8 @@ from lightning.pytorch import Trainer
 
 from agcl.attribution.estimators import Evidence
 from agcl.attribution.naming import matching_parameters
-from agcl.data.samples import as_samples, resolve_seed, training_samples
+from agcl.attribution.rows import samples_of
+from agcl.data.samples import resolve_seed, training_samples
 
 
 def task_evidence(
@@ -42,7 +43,7 @@ def task_evidence(
     if rows is None:
         samples = training_samples(datamodule, task_index, seed=seed, device=pl_module.device)
     else:
-        samples = as_samples(rows, pl_module.device)
+        samples = samples_of(rows, pl_module.device)
     return Evidence(
         pl_module.model,
         matching_parameters(pl_module.model, parameters),

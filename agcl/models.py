@@ -21,7 +21,7 @@ from torch.nn import ModuleList
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from agcl.architectures import is_quantised_linear, not_causal
-from agcl.errors import AgclError, is_memory_full
+from agcl.errors import AgclError, is_memory_full, one_line
 from agcl.files import sync_folder, sync_tree
 from agcl.shards import has_shards
 
@@ -248,7 +248,7 @@ def _usable(adapter: dict[str, Any]) -> Iterator[None]:
     except Exception as error:  # PEFT raises KeyError, TypeError, ValueError and its own
         if is_memory_full(error):
             raise
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)
         raise AgclError(f"`adapter` {adapter} is no usable PEFT configuration: {reason}") from error
 
 
@@ -382,17 +382,17 @@ def _loading(what: str, name: str) -> Iterator[None]:
 
 
 def _unloadable(what: str, name: str, error: Exception) -> AgclError:
-    reason = " ".join(str(error).split())
-    if "trust_remote_code" in reason:
+    reason = one_line(error)
+    if "trust_remote_code" in str(error):
         return AgclError(
             f"`{name}` comes with code of its own, which is run only if you trust it: read it, then say "
             "`--model.trust_remote_code true`, or choose a model that transformers knows."
         )
     if isinstance(error, ImportError):
-        return AgclError(f"No {what} could be loaded from `{name}`: install what it needs ({reason[:300]})")
+        return AgclError(f"No {what} could be loaded from `{name}`: install what it needs ({reason})")
     remedy = "give a hub name, a local folder or builtin:NAME"
-    if "attention implementation" in reason:
+    if "attention implementation" in str(error):
         remedy = "set `model.attn_implementation` to one that it has, or to null for its own choice"
     if what == "tokenizer" and Path(name).is_dir():
         remedy = "put the model's tokenizer beside it, as `save_pretrained` writes it"
-    return AgclError(f"No {what} could be loaded from `{name}`: {remedy} ({reason[:300]})")
+    return AgclError(f"No {what} could be loaded from `{name}`: {remedy} ({reason})")

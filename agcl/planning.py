@@ -8,7 +8,6 @@ from importlib import import_module
 from typing import Any, Literal
 
 import torch
-from peft import get_peft_config, get_peft_model
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -22,10 +21,10 @@ from agcl.callbacks import AttributionCallback, Directions
 from agcl.callbacks.directions import directions_problem
 from agcl.configurations import all_callbacks
 from agcl.data.sequence import Regime
-from agcl.errors import AgclError
+from agcl.errors import AgclError, one_line
 from agcl.forecast import MACHINES, Forecast, Machine, ModelSize, Precision, Settings, Work, forecast
 from agcl.lightning_cli import FitConfiguration
-from agcl.models import check_not_quantised, load_config
+from agcl.models import check_not_quantised, load_config, put_adapter_on
 from agcl.task_pairs import add_pairs, pairs_problem, unfit_pairs
 
 DESCRIPTION = "Print what memory and time `agcl fit` with this configuration would take; nothing is loaded."
@@ -254,13 +253,14 @@ def weightless_model(model: Any) -> Any:
     try:
         with torch.device("meta"):
             built: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
-            if model.adapter is not None:
-                built = get_peft_model(built, get_peft_config({"task_type": "CAUSAL_LM", **model.adapter}))
     except Exception as error:  # transformers and PEFT raise many types
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)
         raise AgclError(
             f"No model can be built from the configuration of `{model.model_name_or_path}`: {reason}"
         ) from error
+    if model.adapter is not None:
+        with torch.device("meta"):
+            built = put_adapter_on(built, model.adapter)
     return built
 
 

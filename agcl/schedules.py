@@ -6,7 +6,9 @@ from typing import Any, Literal
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from agcl.errors import AgclError
+from agcl.errors import AgclError, check_choice
+
+Decay = Literal["linear", "cosine", "none"]
 
 
 class WarmupDecay(LRScheduler):
@@ -23,9 +25,8 @@ class WarmupDecay(LRScheduler):
         AgclError: If ``warmup`` is outside [0, 1].
     """
 
-    def __init__(
-        self, optimizer: Optimizer, decay: Literal["linear", "cosine", "none"] = "linear", warmup: float = 0.06
-    ) -> None:
+    def __init__(self, optimizer: Optimizer, decay: Decay = "linear", warmup: float = 0.06) -> None:
+        check_choice("decay", decay, Decay)
         if not 0 <= warmup <= 1:
             raise AgclError(f"`warmup` is {warmup}; give a share of the task's steps between 0 and 1.")
         self.decay = decay

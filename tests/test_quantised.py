@@ -1,4 +1,4 @@
-"""Adapters on weights that bitsandbytes has quantised (QLoRA)."""
+"""Adapters on weights that bitsandbytes has quantised (QLoRA); `make test` runs them by themselves, where it is."""
 
 from functools import partial
 
@@ -20,6 +20,8 @@ from agcl.errors import AgclError
 from agcl.models import load_model
 from agcl.scoring import answer_logits
 from agcl.task_pairs import pairs_of
+
+pytest.importorskip("bitsandbytes")
 
 FOUR = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "float32"}
 EIGHT = {"load_in_8bit": True}

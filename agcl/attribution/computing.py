@@ -201,7 +201,7 @@ def importance_metadata(
 
 def name_of(model: nn.Module) -> str:
     """What a model is called in files: its name or the last part of its path, else its class."""
-    return shown_name(getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__)
+    return shown_name(getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__)
 
 
 def check_options(num_samples: int, batch_size: int, bits: int, parameters: str) -> None:

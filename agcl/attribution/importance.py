@@ -14,12 +14,12 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ..errors import AgclError
+from ..errors import AgclError, check_choice
 from ..ranks import ALONE, Ranks
 from .accumulators import Accumulator, BlockMaximaMean, Mean, MeanOfSeen, TopKMean
 from .levels import DTYPES, MAX_LEVEL, Bits
@@ -75,9 +75,7 @@ class ImportanceConfig:
     def __post_init__(self) -> None:
         choices = {"sign": Sign, "normalisation": Normalisation, "scope": Scope, "top_k_method": TopKMethod}
         for option, kind in choices.items():
-            value, allowed = getattr(self, option), get_args(kind)
-            if value not in allowed:
-                raise AgclError(f"`{option}` is {value!r}; choose one of {', '.join(map(repr, allowed))}.")
+            check_choice(option, getattr(self, option), kind)
         if not 0 < self.quantile < 1:
             raise AgclError(f"`quantile` is {self.quantile}; choose a number between 0 and 1, both excluded.")
         if self.top_k is not None and self.top_k < 1:

@@ -19,8 +19,8 @@ from transformers.activations import ACT2CLS
 
 from agcl.architectures import is_quantised_linear
 from agcl.attribution.mode import RuleMode
-from agcl.attribution.support import check_choice, check_supported
-from agcl.errors import AgclError, UnsupportedModelError
+from agcl.attribution.support import check_supported
+from agcl.errors import AgclError, UnsupportedModelError, check_choice
 
 Rule = Literal["attnlrp", "cplrp"]
 

@@ -20,12 +20,12 @@ rounded to nearest, so that against exact arithmetic it is off by at most
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
 
-from ..errors import AgclError
+from ..errors import AgclError, check_choice
 from .artefact import LazyImportance, Shape, common_bits, shapes_of
 from .levels import DTYPES, MAX_LEVEL, WIDENING, Bits, bits_of, chunks
 
@@ -70,7 +70,7 @@ class Merged(LazyImportance):
     """
 
     def __init__(self, importances: Sequence[Mapping[str, Tensor]], how: How, bits: Bits | None) -> None:
-        _check_how(how)
+        check_choice("how", how, How)
         if not importances:
             raise AgclError("There is nothing to merge; give the importance of at least one task.")
         self.how = how
@@ -116,7 +116,7 @@ class RunningMerge:
     """
 
     def __init__(self, how: How = "maximum", bits: Bits = 8) -> None:
-        _check_how(how)
+        check_choice("how", how, How)
         self.how: How = how
         self.bits: Bits = bits
         self.num_tasks = 0
@@ -183,11 +183,6 @@ class RunningMerge:
             )
         self.num_tasks = state_dict["num_tasks"]
         self._state = {name: state.clone() for name, state in state_dict["state"].items()}
-
-
-def _check_how(how: str) -> None:
-    if how not in get_args(How):
-        raise AgclError(f"`how` is {how!r}; choose one of {', '.join(map(repr, get_args(How)))}.")
 
 
 def _check_shape(name: str, before: Shape, now: Shape) -> None:

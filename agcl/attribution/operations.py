@@ -1,4 +1,4 @@
-"""Which torch operation follows which rule: data for the mode in ``lrp.py``, complete for what decoders use.
+"""Which torch operation follows which rule: data for the mode in ``mode.py``, complete for what decoders use.
 
 A *marked* tensor is one computed from the model's embeddings. Kinds:
 

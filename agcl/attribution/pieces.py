@@ -61,6 +61,11 @@ class Part:
         return self.left[:, rows].T @ self.right
 
 
+def scored_in(tensor: Tensor) -> torch.dtype:
+    """The dtype that squares and products of such a tensor's entries fit: its own, but float32 for float16."""
+    return torch.float32 if tensor.dtype == torch.float16 else tensor.dtype
+
+
 def _places(numbers: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
     """Where in ``rows`` each number is, and whether it is."""
     if isinstance(rows, slice):
@@ -89,12 +94,12 @@ class SampleGradients:
             skips_zeros: Leave out rows that are zero in all samples, where they are at least half.
 
         Yields:
-            Rows, the sample's number, and its gradient there, of ``like``'s dtype, in memory that may be overwritten
+            Rows, the sample's number, and its gradient there, as `scored_in` says, in memory that may be overwritten
             and is used again for the next.
         """
         limit = _CPU_PIECE if self.like.device.type == "cpu" else _DEVICE_PIECE
         num_rows = max(1, limit // max(self.like.shape[1], 1))
-        memory = self.like.new_empty(min(num_rows, len(self.like)), self.like.shape[1])
+        memory = self.like.new_empty(min(num_rows, len(self.like)), self.like.shape[1], dtype=scored_in(self.like))
         for rows, count in self._cut(num_rows, skips_zeros):
             for number, (first, *others) in enumerate(self._parts):
                 gradient = memory[:count]

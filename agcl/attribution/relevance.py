@@ -26,9 +26,8 @@ from agcl.attribution.passes import (
     target_logit,
 )
 from agcl.attribution.pieces import PieceConsumer, SampleGradients
-from agcl.attribution.support import check_choice
 from agcl.attribution.uses import ParameterUses, UnseenUseError, Use
-from agcl.errors import AgclError, UnsupportedModelError
+from agcl.errors import AgclError, UnsupportedModelError, check_choice
 from agcl.shards import consuming, has_shards
 
 Consumer = Callable[[str, Tensor, Tensor], None]
@@ -155,10 +154,10 @@ def attribute_sample(
         AgclError: See :func:`attribute_batch`; also for a batch larger than one.
         UnsupportedModelError: See :func:`attribute_batch`.
     """
-    check_choice("rule", rule, GradientRule)
     sample = single_sample(input_ids, attention_mask, positions, targets)
-    attribution = _Attribution(model, selected_parameters(model, parameters), consume, rule, only_correct)
-    return attribution.of_sum([sample])[0]
+    return attribute_batch(
+        model, [sample], consume=consume, rule=rule, parameters=parameters, only_correct=only_correct
+    )[0]
 
 
 def single_sample(input_ids: Tensor, attention_mask: Tensor | None, positions: Tensor, targets: Tensor) -> Sample:

@@ -16,8 +16,8 @@ from agcl.attribution.lrp import Rule, check_free, evaluation_mode, in_force
 from agcl.attribution.observing import Flow, ObservingContext, find_blocks
 from agcl.attribution.passes import accepted_arguments, make_stand_ins, ordinary, recording
 from agcl.attribution.relevance import single_sample
-from agcl.attribution.support import check_choice, refusals
-from agcl.errors import AgclError, UnsupportedModelError
+from agcl.attribution.support import refusals
+from agcl.errors import AgclError, UnsupportedModelError, check_choice, one_line
 
 _PROMPT_TOKENS = 16
 _ANSWER_TOKENS = 4
@@ -205,7 +205,7 @@ def _observe(
             leaves.append(stand_ins[name])
         torch.autograd.backward(target, inputs=leaves)
     except RuntimeError as error:  # e.g. a custom function without a backward pass, a value overwritten
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)
         found.failures.append(f"A pass under {rule} failed: {reason}")
     return found
 

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..errors import AgclError
+from ..errors import AgclError, one_line
 from ..files import sync_folder, synced
 from .levels import DTYPES, Bits
 
@@ -181,7 +181,7 @@ def read_index(path: Path) -> tuple[dict[str, str], dict[str, list[str]]]:
         if not isinstance(metadata, dict) or not isinstance(weight_map, dict):
             raise TypeError("`metadata` and `weight_map` must be mappings")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise AgclError(f"{index_path} is no index of shards ({_one_line(error)}); {_AGAIN}.") from error
+        raise AgclError(f"{index_path} is no index of shards ({one_line(error)}); {_AGAIN}.") from error
     metadata = {key: str(value) for key, value in metadata.items() if key != "total_size"}
     check_format(index_path, metadata)
     contents: dict[str, list[str]] = {}
@@ -230,12 +230,12 @@ def open_safetensors(path: Path) -> OpenedFile:
     try:
         handle = safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise AgclError(f"{path} is truncated or no importance file ({_one_line(error)}); {_AGAIN}.") from error
+        raise AgclError(f"{path} is truncated or no importance file ({one_line(error)}); {_AGAIN}.") from error
     metadata = dict(handle.metadata() or {})
     try:
         checksums = dict(json.loads(metadata.pop(_CHECKSUMS, "{}")))
     except (ValueError, TypeError) as error:
-        raise AgclError(f"{path} has unreadable checksums ({_one_line(error)}); {_AGAIN}.") from error
+        raise AgclError(f"{path} has unreadable checksums ({one_line(error)}); {_AGAIN}.") from error
     if checksums and checksums.keys() != set(handle.keys()):
         raise AgclError(f"{path} has other tensors than checksums, so it is damaged; {_AGAIN}.")
     return OpenedFile(path, handle, metadata, checksums)
@@ -276,7 +276,3 @@ def check_dtypes(path: Path, dtypes: Mapping[str, str], metadata: Mapping[str, s
         if dtype != _DTYPE_NAMES[bits]:
             raise AgclError(f"{path}: `{name}` is {dtype}, not {_DTYPE_NAMES[bits]}; the file was not written by agcl.")
     return bits
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

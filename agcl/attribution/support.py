@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from types import FrameType
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,22 +16,6 @@ from agcl.architectures import not_causal
 from agcl.errors import AgclError, UnsupportedModelError
 
 _VISIBLE_ATTENTION = ("sdpa", "eager")
-
-
-def check_choice(name: str, value: str, choices: Any) -> None:
-    """Raise unless ``value`` is one of the ``Literal`` type ``choices``.
-
-    Args:
-        name: The argument's name, for the message.
-        value: What the user gave.
-        choices: A ``typing.Literal``.
-
-    Raises:
-        AgclError: Naming the argument, the value and the choices.
-    """
-    allowed = get_args(choices)
-    if value not in allowed:
-        raise AgclError(f"`{name}` is {value!r}; use one of {', '.join(map(repr, allowed))}.")
 
 
 def check_supported(model: nn.Module) -> None:

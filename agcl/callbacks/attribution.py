@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Iterator
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch import Callback, Trainer
@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from agcl.attribution.artefact import check_importance
+from agcl.attribution.directions import Control
 from agcl.attribution.estimators import LRP, Estimator, PerSampleGradient
 from agcl.attribution.importance import ImportanceConfig
 from agcl.attribution.levels import Bits
@@ -26,8 +27,9 @@ from agcl.callbacks.progress import activity
 from agcl.callbacks.single_task import InitialModel, check_single_task, gather_from_single_task
 from agcl.data.samples import resolve_seed
 from agcl.data.sequence import Regime
-from agcl.errors import AgclError
+from agcl.errors import AgclError, check_choice
 from agcl.gating import GradientGate, UpdateGate, cancels_gradient_gate, choose_gate, flattened, shuffled
+from agcl.gating.choice import GateKind
 from agcl.own_text import text_samples, write_text
 from agcl.shards import has_shards
 from agcl.task_pairs import (
@@ -116,7 +118,7 @@ class AttributionCallback(Callback):
 
     def __init__(
         self,
-        gate: Literal["auto", "gradient", "update"] = "auto",
+        gate: GateKind = "auto",
         estimator: Estimator | None = None,
         source: Source = "running",
         num_samples: int = 32,
@@ -129,20 +131,24 @@ class AttributionCallback(Callback):
         reestimate: int = 0,
         strength: float = 1.0,
         parameters: str = "",
-        control: Literal["none", "shuffled", "flattened"] = "none",
+        control: Control = "none",
         directions: Directions | Literal["auto"] | None = "auto",
         earlier: str | None = None,
         seed: int | None = None,
     ) -> None:
         if not 0 <= strength < math.inf:
             raise AgclError(f"`strength` is {strength}; choose a finite number, 0 (no gate) or more.")
-        for option, value, allowed in (("source", source, Source), ("importance_on", importance_on, Place)):
-            if value not in get_args(allowed):
-                raise AgclError(f"`{option}` is {value!r}; choose one of {', '.join(map(repr, get_args(allowed)))}.")
+        check_choice("gate", gate, GateKind)
+        check_choice("source", source, Source)
+        check_choice("importance_on", importance_on, Place)
+        check_choice("control", control, Control)
         estimator = LRP(score="sensitivity") if estimator is None else estimator
         _check_reestimate(reestimate, source, estimator, earlier)
         self.gate = gate
         self.source = source
+        self.num_samples, self.batch_size, self.per_sample = num_samples, batch_size, per_sample
+        self.importance_bits, self.merge = importance_bits, merge
+        self.parameters = parameters
         self.estimator = estimator
         self.importance_on = importance_on
         self.reestimate = reestimate
@@ -157,20 +163,21 @@ class AttributionCallback(Callback):
         problem = directions_problem(type(estimator), source, reestimate, strength)
         if problem and directions is not None and not self._is_auto:
             raise AgclError(problem)
-        self._options: Directions | None = None
+        self.directions: Directions | None = None
+        """Options of the gate by direction; None: each weight is gated on its own."""
         if directions is not None and problem is None:
-            self._options = Directions() if isinstance(directions, str) else directions
-        self._merge, self._bits = merge, importance_bits
+            self.directions = Directions() if isinstance(directions, str) else directions
         self._begin_anew()
 
     def _begin_anew(self) -> None:
         """As if no task had been learned."""
         self._directions: DirectionsSoFar | None = None
-        if self._options is not None:
+        if self.directions is not None:
             estimator = cast(PerSampleGradient, self.estimator)
             on_host = self.importance_on == "host"
-            self._directions = DirectionsSoFar(self._options, estimator, self.control, on_host=on_host)
-        self._so_far = ImportanceSoFar(self._merge, self._bits, self.importance_on, needs_files=self.reestimate > 0)
+            self._directions = DirectionsSoFar(self.directions, estimator, self.control, on_host=on_host)
+        needs_files = self.reestimate > 0
+        self._so_far = ImportanceSoFar(self.merge, self.importance_bits, self.importance_on, needs_files=needs_files)
         self._initial: InitialModel | None = None
         self.num_boundaries = 0
         """Number of task boundaries passed, those included where nothing was answered correctly."""
@@ -348,7 +355,7 @@ class AttributionCallback(Callback):
                 self._gatherer.begin_task(pl_module.model)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """At a task boundary: importance of the task just learned, running maximum, new gate."""
+        """At a task boundary: importance of the task just learned, merge, new gate."""
         if not trainer.is_last_batch:  # a limit has cut the epoch short; a resumed run goes on within it
             return
         self._close_directions()  # before weights are saved

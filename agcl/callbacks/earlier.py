@@ -68,8 +68,8 @@ class EarlierRun:
 
 def attribution_state(checkpoint: dict[str, Any]) -> dict[str, Any] | None:
     """The state of the ``AttributionCallback`` in a checkpoint; None without one, of which there cannot be two."""
-    callbacks = checkpoint.get("callbacks", {})
-    return next((state for key, state in callbacks.items() if "AttributionCallback" in key), None)
+    states = checkpoint.get("callbacks", {}).values()
+    return next((state for state in states if isinstance(state, dict) and "so_far" in state), None)
 
 
 def read_earlier(path: str | Path) -> EarlierRun:

@@ -2,6 +2,7 @@
 
 import inspect
 import os
+from dataclasses import is_dataclass
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -52,6 +53,7 @@ def seed_given() -> int | None:
 
 
 def _settings(method: Any) -> str:
-    """The method's arguments, as far as they are plain values that it keeps under their names."""
+    """The method's arguments, as far as it keeps them under their names, plain values or options with such."""
     kept = {name: getattr(method, name, None) for name in inspect.signature(type(method)).parameters}
+    kept = {name: f"({_settings(value)})" if is_dataclass(value) else value for name, value in kept.items()}
     return " ".join(f"{name}={value}" for name, value in kept.items() if isinstance(value, Value))

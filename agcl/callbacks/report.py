@@ -120,7 +120,7 @@ class ContinualReport(Callback):
         results["trainable_weights"] = self._trainable_weights
         results["wall_seconds"] = round(self._wall_seconds(), 1)
         results["processor_seconds"] = round(self._processor_seconds(), 1)
-        results["peak_memory_bytes"] = _peak_memory_bytes()
+        results["peak_memory_bytes"] = _peak_memory_bytes(trainer.strategy.root_device)
         self._extra_bytes = max(self._extra_bytes, _extra_bytes(trainer))  # some let go of it before training ends
         results["extra_bytes_per_weight"] = self._extra_bytes / sum(p.numel() for p in pl_module.model.parameters())
         folder = run_folder(trainer)  # on all ranks too: it is broadcast
@@ -201,13 +201,13 @@ def _extra_bytes(trainer: Trainer) -> int:
     return sum(keeper.extra_bytes() for keeper in keepers if hasattr(keeper, "extra_bytes"))
 
 
-def _peak_memory_bytes() -> int | None:
+def _peak_memory_bytes(device: torch.device) -> int | None:
     """Largest memory of this process so far: allocated on its GPU, else resident; ``None`` where it is not known.
 
     A resumed run counts from where it went on.
     """
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     try:
         import resource
     except ImportError:  # Windows has none

@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 
+from agcl.attribution.rows import samples_of
 from agcl.callbacks import AttributionCallback
 from agcl.commands.check_model import random_model
-from agcl.data.samples import as_samples
-from agcl.errors import AgclError
+from agcl.errors import AgclError, one_line
 from agcl.forecast import ModelSize
 from agcl.models import put_adapter_on
 
@@ -43,10 +43,10 @@ def try_estimator(model: Any, callback: AttributionCallback, size: ModelSize, ro
             with torch.random.fork_rng(devices=[]):
                 small = put_adapter_on(small, model.adapter)
     except Exception as error:  # not every architecture can do with one layer, nor every adapter
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         return [f"Whether attribution sees into the model could not be tried on one layer of it ({reason})."]
     try:
-        callback.check_model(small, next(as_samples([row], torch.device("cpu"))))
+        callback.check_model(small, next(samples_of([row], torch.device("cpu"))))
     except AgclError:
         raise
     except Exception as error:

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 import torch
 
-from agcl.errors import AgclError
+from agcl.errors import AgclError, one_line
 
 # transformers takes seconds to import, which the other commands do without: it is imported where it is used.
 
@@ -108,7 +108,7 @@ def random_model(name: str, dtype: torch.dtype, layers: int | None, options: dic
                 config, dtype=dtype, trust_remote_code=options["trust_remote_code"]
             ).eval()
     except Exception as error:  # each configuration has its own validation
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)
         raise AgclError(f"`{name}` cannot be built from its configuration ({reason}).") from error
 
 

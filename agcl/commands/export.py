@@ -3,7 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-from agcl.errors import AgclError
+from agcl.errors import AgclError, one_line
 
 # transformers takes seconds to import, which the other commands do without: it is imported where it is used.
 
@@ -70,6 +70,6 @@ def _push(folder: Path, repository: str, private: bool) -> str:
         url = huggingface_hub.create_repo(repository, private=private or None, exist_ok=True)
         huggingface_hub.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload by agcl export")
     except Exception as error:  # network, login, permission: the hub's library raises its own and its client's types
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)
         raise AgclError(f"{folder} is written, but `{repository}` could not be uploaded to: {reason}") from error
     return str(url)

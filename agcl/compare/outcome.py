@@ -92,7 +92,7 @@ def comparison_record(comparison: Comparison, methods: dict[str, Record]) -> Rec
         "methods": methods,
         "warnings": [
             *_bought_transfer(comparison, methods),
-            *_choice_warnings(comparison, methods),
+            *_choice_warnings(methods),
         ],
         "notes": _notes(comparison, methods),
         "failures": list(failed.values()),
@@ -143,7 +143,7 @@ def _bought_transfer(comparison: Comparison, methods: Mapping[str, Record]) -> l
     return warnings
 
 
-def _choice_warnings(comparison: Comparison, methods: Mapping[str, Record]) -> list[str]:
+def _choice_warnings(methods: Mapping[str, Record]) -> list[str]:
     warnings = []
     for name, method in methods.items():
         if method["chosen"] is None:

@@ -8,7 +8,7 @@ from typing import Any
 from agcl.compare.processes import POLL_SECONDS, Report, environment, start, stop, terminable
 from agcl.compare.runs import Run
 from agcl.compare.settings import Comparison
-from agcl.errors import AgclError
+from agcl.errors import AgclError, one_line
 
 _GRACE_SECONDS = 30
 
@@ -47,7 +47,7 @@ def run_on_ray(runs: Sequence[Run], comparison: Comparison, report: Report) -> N
                 try:
                     report(run, None, run.conclude(ray.get(done), comparison.keep_models))
                 except ray.exceptions.RayError as error:
-                    report(run, None, run.fail(" ".join(str(error).split())))
+                    report(run, None, run.fail(one_line(error)))
         finally:
             for task in pending:
                 ray.cancel(task)

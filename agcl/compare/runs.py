@@ -16,7 +16,8 @@ from jsonargparse import get_loader
 from agcl.compare.settings import Values
 from agcl.configurations import resolve_configuration
 from agcl.errors import AgclError
-from agcl.files import is_whole_zip, write_whole
+from agcl.files import write_whole
+from agcl.results import read_json
 
 STARTED, FINISHED, FAILED = "started", "finished", "failed"
 _LARGE = ("model", "checkpoints", "importance")
@@ -68,7 +69,7 @@ class Run:
     def state(self) -> dict[str, Any]:
         """``state`` (started, finished, failed) and ``error``; empty if it was never started."""
         try:
-            return json.loads((self.folder / "state.json").read_text())
+            return read_json(self.folder / "state.json")
         except FileNotFoundError:
             return {}
 
@@ -89,16 +90,13 @@ class Run:
         """
         if digest([read_config(path) for path in self.configs]) != self.contents:
             raise AgclError(f"{', '.join(self.configs)}: changed since the comparison began; start it again.")
-        interrupted = self.state().get("state") == STARTED
-        found = sorted(self.folder.rglob("*.ckpt"), key=lambda path: path.stat().st_mtime) if interrupted else []
-        checkpoints = [path for path in found if is_whole_zip(path)]
-        if not checkpoints:
+        goes_on = self.state().get("state") == STARTED and any(self.folder.rglob("*.ckpt"))
+        if not goes_on:
             shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "config.yaml").unlink(missing_ok=True)  # LightningCLI refuses to write it again
         write_whole(self.folder / "run.yaml", yaml.safe_dump(self.config, sort_keys=False))
         self.set_state(STARTED)
-        return [*self.command(), *(["--ckpt_path", str(checkpoints[-1])] if checkpoints else [])]
+        return [*self.command(), *(["--resume", "auto"] if goes_on else [])]
 
     def conclude(self, status: int, keep_models: bool) -> str | None:
         """Write down the outcome of the process that ended with this exit status; give the error, if there is one."""
@@ -121,7 +119,7 @@ class Run:
 
     def _scores(self) -> dict[str, Any] | None:
         try:
-            return json.loads((self.folder / "scores.json").read_text())
+            return read_json(self.folder / "scores.json")
         except FileNotFoundError:
             return None
 
@@ -149,7 +147,7 @@ def read_config(path: str) -> dict[str, Any]:
     """
     try:
         content = get_loader("yaml")(
-            Path(resolve_configuration(path)).read_text()
+            Path(resolve_configuration(path)).read_text(encoding="utf-8")
         )  # as `agcl fit` reads it: 1e-4 is a number
     except (OSError, yaml.YAMLError) as error:
         raise AgclError(f"The configuration {path} cannot be read: {' '.join(str(error).split())}") from error

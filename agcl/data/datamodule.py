@@ -6,7 +6,7 @@ from copy import copy
 from dataclasses import asdict
 from functools import partial
 from itertools import islice
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from datasets import Dataset, concatenate_datasets
@@ -21,8 +21,8 @@ from agcl.data.chat import ChatTurns
 from agcl.data.replay import Replay, draw
 from agcl.data.sequence import Regime, TaskSequence, in_order
 from agcl.data.sources import in_folder
-from agcl.data.tasks import IGNORED_LABEL, AnswerEncoder, ScoredSplit, Task, collate
-from agcl.errors import AgclError, raise_any
+from agcl.data.tasks import IGNORED_LABEL, AnswerEncoder, ScoredSplit, Task, Truncation, collate
+from agcl.errors import AgclError, check_choice, raise_any
 from agcl.models import load_config, load_tokenizer
 
 
@@ -93,7 +93,7 @@ class ContinualDataModule(LightningDataModule):
         batch_size: int = 16,
         eval_batch_size: int = 64,
         max_length: int | None = None,
-        truncation: Literal["error", "left"] = "error",
+        truncation: Truncation = "error",
         num_workers: int = 0,
         seed: int = 0,
         regime: Regime = "sequential",
@@ -106,6 +106,8 @@ class ContinualDataModule(LightningDataModule):
         system_prompt: str | None = None,
     ) -> None:
         super().__init__()
+        check_choice("truncation", truncation, Truncation)
+        check_choice("evaluate_on", evaluate_on, ScoredSplit)
         for task in tasks:
             if not isinstance(task, Task):
                 raise AgclError(f"`tasks` holds a {type(task).__name__}; make each an agcl.Task(name=..., source=...).")
@@ -117,7 +119,7 @@ class ContinualDataModule(LightningDataModule):
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.max_length = max_length
-        self.truncation: Literal["error", "left"] = truncation
+        self.truncation: Truncation = truncation
         self.num_workers = num_workers
         self.seed = seed
         self.replay = replay
@@ -202,10 +204,6 @@ class ContinualDataModule(LightningDataModule):
         chat = ChatTurns(self.tokenizer, self.system_prompt) if self.chat_template else None
         size = getattr(config, "vocab_size", None)
         self.encoder = AnswerEncoder(self.tokenizer, limit, self.truncation, size, chat)
-
-    def context_tokens(self) -> int | None:
-        """Length of the model's context, as its configuration states it, if it does."""
-        return context_tokens(self._text_config())
 
     def _text_config(self) -> Any:
         return load_config(

@@ -1,6 +1,6 @@
 """A task's training rows as samples for attribution."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -23,22 +23,9 @@ def training_samples(datamodule: Any, task_index: int, *, seed: int | None, devi
     """
     rows = datamodule.training_rows(task_index)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(resolve_seed(seed, datamodule)))
-    return as_samples((rows[row] for row in order.tolist()), device)
+    return samples_of((rows[row] for row in order.tolist()), device)
 
 
 def resolve_seed(seed: int | None, datamodule: Any) -> int:
     """A method's own seed; the data module's, which changes with the run's, where it has none."""
     return int(datamodule.seed) if seed is None else seed
-
-
-def as_samples(rows: Iterable[Mapping[str, Any]], device: torch.device) -> Iterator[Sample]:
-    """Encoded rows as samples.
-
-    Args:
-        rows: With ``input_ids`` and ``labels``, -100 but on the answer.
-        device: Where the tensors are made.
-
-    Returns:
-        One sample per row.
-    """
-    return samples_of(rows, device)

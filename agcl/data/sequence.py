@@ -6,7 +6,7 @@ from itertools import accumulate
 from typing import Any, Literal
 
 from agcl.data.tasks import Task
-from agcl.errors import AgclError, raise_any
+from agcl.errors import AgclError, check_choice, raise_any
 
 Regime = Literal["sequential", "joint"]
 
@@ -30,6 +30,7 @@ class TaskSequence(Sequence[Task]):
     def __init__(self, tasks: Sequence[Task], regime: Regime = "sequential") -> None:
         if not tasks:
             raise AgclError("`tasks` is empty: declare at least one task.")
+        check_choice("regime", regime, Regime)
         names = [task.name for task in tasks]
         raise_any(
             f"Two tasks are named `{name}`: task names must differ."

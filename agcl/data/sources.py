@@ -14,7 +14,7 @@ import pandas
 from datasets import ClassLabel, Dataset, Features, ReadInstruction, Value, concatenate_datasets
 
 from agcl.data.chat import holds_chats, split_chat
-from agcl.errors import AgclError, raise_any
+from agcl.errors import AgclError, one_line, raise_any
 
 if TYPE_CHECKING:
     from agcl.data.tasks import Task
@@ -68,7 +68,7 @@ def load_rows(task: Task, split: str, columns: Sequence[str]) -> Dataset:
                 "load it once with a connection, or give a local file or folder."
             ) from error
         except Exception as error:  # the library raises a dozen unrelated types for a file or split that is not right
-            reason = " ".join(str(error.__cause__ or error).split())[:300].rstrip(".")
+            reason = one_line(error.__cause__ or error).rstrip(".")
             if "corresponds to no data" in reason:
                 reason = "it is empty"
             elif re.search(r"utf-?8|codec|encoding", reason, re.IGNORECASE):

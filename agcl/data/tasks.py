@@ -14,12 +14,13 @@ from agcl.attribution.rows import IGNORED_LABEL
 from agcl.data.chat import ChatTurns, Turn, split_chat
 from agcl.data.repeats import Repeats
 from agcl.data.sources import is_empty, load_rows, quiet_datasets
-from agcl.errors import AgclError, raise_any
+from agcl.errors import AgclError, choice_problem, raise_any
 
 TaskMetric = Literal[
     "exact_match", "label_accuracy", "label_ranking", "first_character", "rouge_l", "edit_similarity", "sari"
 ]
 ScoredSplit = Literal["test", "validation"]
+Truncation = Literal["error", "left"]
 
 
 @dataclass
@@ -108,6 +109,8 @@ class Task:
             limit = getattr(self, option)
             if limit is not None and limit < 1:
                 yield f"`{option}` is {limit}; give at least 1."
+        if (problem := choice_problem("metric", self.metric, TaskMetric)) is not None:
+            yield problem
         if self.metric.startswith("label") and not self.labels:
             yield f"metric `{self.metric}` needs `labels`, the list of possible answers."
         prompts = [self.prompt, *(probe.prompt for probe in self.probes.values() if probe.prompt is not None)]
@@ -232,7 +235,7 @@ class AnswerEncoder:
         self,
         tokenizer: PreTrainedTokenizerBase,
         max_length: int,
-        truncation: Literal["error", "left"] = "error",
+        truncation: Truncation = "error",
         vocab_size: int | None = None,
         chat: ChatTurns | None = None,
     ) -> None:

@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import get_peft_config, get_peft_model
 
 from agcl.attribution.storage import index_of
 from agcl.checkpoints import look_into, model_weights
-from agcl.errors import AgclError
+from agcl.errors import AgclError, one_line
 from agcl.files import partial_of, sync_folder, sync_tree
-from agcl.models import load_model, load_tokenizer, save_model, with_quantised
+from agcl.models import load_model, load_tokenizer, put_adapter_on, save_model, with_quantised
 from agcl.results import shown_name
 from agcl.task_pairs import activate, add_pairs, num_pairs
 
@@ -86,13 +85,13 @@ def _write_checkpoint(path: Path, folder: Path, trust_remote_code: bool) -> None
     with torch.random.fork_rng(devices=[]):  # an adapter's first weights are drawn, and then replaced
         model: Any = load_model(name, dtype=dtype, quantization_config=settings.get("quantization_config"), **source)
         if adapter is not None:
-            model = get_peft_model(model, get_peft_config({"task_type": "CAUSAL_LM", **adapter}))
+            model = put_adapter_on(model, adapter)
         if num_tasks := num_pairs(weights):
             add_pairs(model, num_tasks)
         try:
             model.load_state_dict(with_quantised(model, weights))
         except RuntimeError as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error, 200)
             raise AgclError(
                 f"The weights in {path} are not those of `{name}` with its adapter ({reason}). Where a method has "
                 "changed the model (O-LoRA), export the run's folder, whose final model is written as one adapter."

@@ -4,6 +4,8 @@ from typing import Literal
 
 from torch.optim import ASGD, SGD, Optimizer
 
+GateKind = Literal["auto", "gradient", "update"]
+
 
 def choose_gate(optimizer: Optimizer) -> Literal["gradient", "update"]:
     """The gate that scales this optimizer's step.

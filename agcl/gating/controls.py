@@ -7,8 +7,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..errors import AgclError
+from ..errors import check_choice
 from .plasticity import FIXED_POINT
+
+Scope = Literal["tensor", "model"]
 
 
 def shuffled(importance: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
@@ -29,7 +31,7 @@ def shuffled(importance: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
     return result
 
 
-def flattened(importance: Mapping[str, Tensor], scope: Literal["tensor", "model"] = "model") -> dict[str, Tensor]:
+def flattened(importance: Mapping[str, Tensor], scope: Scope = "model") -> dict[str, Tensor]:
     """Control: a uniform gate of the same mean importance.
 
     Args:
@@ -42,8 +44,7 @@ def flattened(importance: Mapping[str, Tensor], scope: Literal["tensor", "model"
     Raises:
         AgclError: If ``scope`` is not one of the two.
     """
-    if scope not in ("tensor", "model"):
-        raise AgclError(f"`scope` is {scope!r}; choose 'tensor' or 'model'.")
+    check_choice("scope", scope, Scope)
     sums = {}
     for name, values in importance.items():
         is_fixed_point = values.dtype in FIXED_POINT

@@ -3,15 +3,16 @@
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from agcl.attribution.artefact import check_importance, open_importance
 from agcl.attribution.merging import merge
-from agcl.errors import AgclError
+from agcl.errors import check_choice
 from agcl.gating import GradientGate, UpdateGate, cancels_gradient_gate, choose_gate
+from agcl.gating.choice import GateKind
 
 Importance = Mapping[str, Tensor] | str | Path
 """Parameter name to importance, or an importance file."""
@@ -23,7 +24,7 @@ def gate(
     importance: Importance | Sequence[Importance],
     *,
     strength: float = 1.0,
-    kind: Literal["auto", "gradient", "update"] = "auto",
+    kind: GateKind = "auto",
     on_host: bool = False,
 ) -> GradientGate | UpdateGate:
     """Hold each weight back by its importance, ``plasticity = (1 - importance) ** strength``, from now on.
@@ -60,8 +61,7 @@ def gate(
         >>> (model.weight == before).tolist()
         [[False, True]]
     """
-    if kind not in ("auto", "gradient", "update"):
-        raise AgclError(f"`kind` is {kind!r}; choose 'auto', 'gradient' or 'update'.")
+    check_choice("kind", kind, GateKind)
     inner = innermost_optimizer(optimizer)
     if kind == "gradient" and cancels_gradient_gate(inner):
         warnings.warn(

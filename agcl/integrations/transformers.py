@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,9 +21,10 @@ from agcl.attribution.importance import ImportanceConfig
 from agcl.attribution.levels import Bits
 from agcl.attribution.moments_files import load_input_moments, save_input_moments
 from agcl.attribution.naming import matching_parameters
-from agcl.errors import AgclError
+from agcl.errors import AgclError, check_choice
 from agcl.files import check_writable
 from agcl.gating import DirectionalGate, GradientGate, UpdateGate
+from agcl.gating.choice import GateKind
 from agcl.integrations.pytorch import Importance, gate, importance_from, innermost_optimizer
 from agcl.shards import has_shards
 
@@ -58,12 +59,13 @@ class ImportanceGate(TrainerCallback):
         importance: Importance | Sequence[Importance],
         *,
         strength: float = 1.0,
-        kind: Literal["auto", "gradient", "update"] = "auto",
+        kind: GateKind = "auto",
         on_host: bool = False,
     ) -> None:
         self.importance = importance_from(importance)
         self.strength = strength
-        self.kind: Literal["auto", "gradient", "update"] = kind
+        check_choice("kind", kind, GateKind)
+        self.kind: GateKind = kind
         self.on_host = on_host
         self._attached: GradientGate | UpdateGate | None = None
 

@@ -6,11 +6,14 @@ from lightning.pytorch import Callback, Trainer
 from torch.optim import Optimizer
 
 from agcl.attribution.estimators import Evidence, Fisher, PerSampleGradient
-from agcl.errors import AgclError
+from agcl.errors import AgclError, check_choice
 from agcl.evidence import task_evidence
-from agcl.methods.interface import check_sequence
+from agcl.methods.interface import check_sequence, check_whole
 from agcl.methods.quadratic import QuadraticPenalty
 from agcl.module import unscales_in_its_step
+from agcl.ranks import Ranks
+
+Mode = Literal["separate", "online"]
 
 
 class EWC(Callback):
@@ -41,7 +44,7 @@ class EWC(Callback):
     def __init__(
         self,
         strength: float,
-        mode: Literal["separate", "online"] = "separate",
+        mode: Mode = "separate",
         decay: float = 0.95,
         estimator: PerSampleGradient | None = None,
         num_samples: int = 64,
@@ -50,8 +53,7 @@ class EWC(Callback):
     ) -> None:
         if strength < 0:
             raise AgclError(f"`strength` is {strength}; choose 0 (no penalty) or more.")
-        if mode not in ("separate", "online"):
-            raise AgclError(f"`mode` is {mode!r}; choose 'separate' or 'online'.")
+        check_choice("mode", mode, Mode)
         if not 0 <= decay <= 1:
             raise AgclError(f"`decay` is {decay}; choose a number from 0 (forget earlier tasks) to 1 (add up).")
         if num_samples < 1:
@@ -67,8 +69,9 @@ class EWC(Callback):
         self.num_boundaries = 0  # of the tasks that the penalty holds
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        """Refuse joint training; a run of its own begins without a penalty (what is resumed is loaded after this)."""
+        """Refuse joint training and split weights; begin without a penalty (what is resumed is loaded after this)."""
         check_sequence(self, pl_module)
+        check_whole(self, trainer)
         self.penalty, self.num_boundaries = QuadraticPenalty(), 0
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
@@ -101,6 +104,8 @@ class EWC(Callback):
         evidence = self._evidence(trainer, pl_module, index)
         with trainer.precision_plugin.forward_context():
             fisher = self.estimator.scores(evidence)
+        for scores in fisher.values():  # rounding must not let the processes' weights part
+            Ranks.of_this_run().agree_on(scores)
         weights = dict(pl_module.model.named_parameters())
         if self.mode == "separate":
             self.penalty.add(fisher, weights)

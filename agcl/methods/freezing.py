@@ -9,7 +9,7 @@ from torch import nn
 
 from agcl.blocks import block_number
 from agcl.errors import AgclError
-from agcl.methods.interface import check_sequence
+from agcl.methods.interface import check_sequence, check_whole
 
 
 class Freezing(Callback):
@@ -36,8 +36,9 @@ class Freezing(Callback):
         raise NotImplementedError
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        """Refuse joint training."""
+        """Refuse joint training and split weights."""
         check_sequence(self, pl_module)
+        check_whole(self, trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Check that the choice works and leaves something to learn with."""

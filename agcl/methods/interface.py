@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
 
 from agcl.errors import AgclError
 
@@ -16,8 +17,9 @@ class TaskMethod(Callback, ABC):
         """0-based index of the task being learned; None before training."""
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        """Refuse joint training; forget an earlier run (what is resumed is loaded after this)."""
+        """Refuse runs that it cannot work in; forget an earlier run (what is resumed is loaded after this)."""
         check_sequence(self, pl_module)
+        check_whole(self, trainer)
         self.task_begun = None
 
     def begin_task(self, trainer: Trainer, pl_module: Any, task_index: int) -> None:
@@ -62,4 +64,17 @@ def check_sequence(method: Callback, pl_module: Any) -> None:
         raise AgclError(
             f"{type(method).__name__} acts between tasks; under `regime: joint` there is one stretch of training. "
             "Leave one of the two out."
+        )
+
+
+def check_whole(method: Callback, trainer: Trainer) -> None:
+    """Refuse a method that looks at whole weights or gradients where they are split over processes.
+
+    Raises:
+        AgclError: Under FSDP2.
+    """
+    if isinstance(trainer.strategy, ModelParallelStrategy):
+        raise AgclError(
+            f"{type(method).__name__} looks at whole weights, which are split over processes here "
+            "(ModelParallelStrategy); take `strategy: ddp`."
         )

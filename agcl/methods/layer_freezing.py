@@ -6,8 +6,11 @@ from typing import Literal
 
 from torch import nn
 
-from agcl.errors import AgclError
+from agcl.attribution.naming import check_pattern
+from agcl.errors import AgclError, check_choice
 from agcl.methods.freezing import Freezing, by_block
+
+Side = Literal["bottom", "top"]
 
 
 class LayerFreezing(Freezing):
@@ -31,7 +34,7 @@ class LayerFreezing(Freezing):
     def __init__(
         self,
         num_layers: int = 0,
-        side: Literal["bottom", "top"] = "bottom",
+        side: Side = "bottom",
         ends: bool = True,
         parameters: str | None = None,
         num_free_tasks: int = 1,
@@ -39,12 +42,10 @@ class LayerFreezing(Freezing):
         super().__init__()
         if num_layers < 0 or num_free_tasks < 0:
             raise AgclError(f"`num_layers` ({num_layers}) and `num_free_tasks` ({num_free_tasks}) are numbers >= 0.")
-        if side not in ("bottom", "top"):
-            raise AgclError(f"`side` is {side!r}; choose 'bottom' or 'top'.")
-        try:
-            self._pattern = None if parameters is None else re.compile(parameters)
-        except re.error as error:
-            raise AgclError(f"`parameters` is not a regular expression: {parameters!r} ({error}).") from error
+        check_choice("side", side, Side)
+        if parameters is not None:
+            check_pattern(parameters)
+        self.parameters = parameters
         self.num_layers = num_layers
         self.side = side
         self.ends = ends
@@ -69,8 +70,8 @@ class LayerFreezing(Freezing):
             }
             is_bottom = self.side == "bottom"
             chosen |= {n for n, p in trainable.items() if n not in inside and (id(p) in embeddings) == is_bottom}
-        if self._pattern is not None:
-            chosen |= {name for name in trainable if self._pattern.search(name)}
+        if self.parameters is not None:
+            chosen |= {name for name in trainable if re.search(self.parameters, name)}
         if not chosen:
             raise AgclError("LayerFreezing freezes nothing: give `num_layers`, or `parameters` that match some.")
         return [name for name in trainable if name in chosen]

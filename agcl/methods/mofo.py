@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from agcl.errors import AgclError
+from agcl.methods.interface import check_whole
 
 
 class MoFO(Callback):
@@ -36,6 +37,10 @@ class MoFO(Callback):
         self.share = share
         self._before: list[tuple[nn.Parameter, Tensor]] = []  # the weights before the step under way
         self._handles: list[RemovableHandle] = []
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Refuse weights that are split over processes."""
+        check_whole(self, trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Refuse an optimizer without momentum, hook into the others' steps."""

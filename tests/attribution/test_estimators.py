@@ -298,3 +298,23 @@ def test_blocks_are_cut_for_the_draws_to_come(per_sample):
         else:
             expected = ((first + second).abs() + (third + fourth).abs()) / 2
         torch.testing.assert_close(score, expected.float(), rtol=2**-7, atol=1e-6)
+
+
+@pytest.mark.parametrize("per_sample", [True, False], ids=["pieces", "whole"])
+@pytest.mark.parametrize("factor", [1e-3, 3e3])
+def test_squares_of_a_float16_gradient_are_not_lost(per_sample, factor):
+    """Squared in float16, the small ones would be 0 and the large ones infinite."""
+
+    class Scaled(e.LRP):
+        def objective(self, logits, targets):
+            return factor * super().objective(logits, targets)
+
+    scores = []
+    for dtype in (torch.float16, torch.float32):
+        model = tiny_llama().to(torch.float16).to(dtype)  # the same weights
+        evidence = evidence_for(model, known_samples(tiny_llama()), only_correct=False, per_sample=per_sample)
+        scores.append(Scaled(rule="none", score="sensitivity").scores(evidence))
+    half, whole = scores
+    for name, expected in whole.items():
+        scale = float(expected.max())
+        assert torch.allclose(half[name], expected, rtol=0.3, atol=0.02 * scale), name

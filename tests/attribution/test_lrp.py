@@ -518,7 +518,7 @@ def test_refuses_transformers_without_visible_attention_or_normaliser():
 
 
 def test_refuses_other_rules_and_things():
-    message = "`rule` is 'epsilon'; use one of 'attnlrp', 'cplrp'"
+    message = "`rule` is 'epsilon'; choose one of 'attnlrp', 'cplrp'"
     with pytest.raises(AgclError, match=message), lrp_rules(nn.Linear(1, 1), "epsilon"):
         pass
     with pytest.raises(AgclError, match="`model` is a int"), lrp_rules(3):

@@ -309,7 +309,7 @@ def test_frozen_embeddings_do_not_change_the_uniform_rule():
         ({"targets": TARGETS[:1]}, "`positions` has 2 entries and `targets` 1"),
         ({"targets": torch.tensor([1, VOCAB])}, f"`targets` holds {VOCAB}, but the vocabulary has {VOCAB} tokens"),
         ({"targets": torch.tensor([1, -100])}, "`targets` holds -100"),
-        ({"rule": "lrp"}, r"`rule` is 'lrp'; use one of 'attnlrp', 'cplrp'"),
+        ({"rule": "lrp"}, r"`rule` is 'lrp'; choose one of 'attnlrp', 'cplrp'"),
         ({"parameters": ["lm_head.weight"]}, "names 'lm_head.weight', which `LlamaForCausalLM` does not have"),
         ({"parameters": []}, "nothing to attribute"),
     ],

@@ -21,7 +21,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from agcl.attribution.artefact import load_importance
-from agcl.callbacks import ContinualReport
+from agcl.callbacks import AttributionCallback, ContinualReport
+from agcl.callbacks.earlier import read_earlier
 from agcl.checking.checking import CheckOptions, check
 from agcl.checking.configuration import LenientConfiguration
 from agcl.errors import AgclError
@@ -171,3 +172,12 @@ def test_what_is_no_run_is_refused_before_the_model_is_loaded(llama_folder, task
             fit(llama_folder, task_files[:1], tmp_path / "next", attribution(earlier=str(tmp_path / name)))
     with pytest.raises(AgclError, match="`reestimate` makes the merge anew"):
         attribution(earlier="run", reestimate=2)
+
+
+class Gated(AttributionCallback):
+    """As users derive their own."""
+
+
+def test_a_callback_of_another_name_is_known_by_what_it_keeps(llama_folder, task_files, tmp_path, knowing):
+    fit(llama_folder, task_files[:1], tmp_path / "first", Gated(num_samples=2))
+    assert read_earlier(tmp_path / "first").tasks == ["task0"]

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 import time
-import zipfile
 
 import pytest
 
@@ -146,22 +145,19 @@ def test_interruption_leaves_no_process_and_no_finished_run(make, tmp_path, numb
         assert status == "" or status.startswith("Z")
 
 
-def test_interrupted_run_goes_on_from_its_last_checkpoint_and_a_failed_one_starts_afresh(make):
+@pytest.mark.parametrize("is_split", [False, True])
+def test_interrupted_run_goes_on_and_a_failed_one_starts_afresh(make, is_split):
     run = make("run", "pass")
-    assert "--ckpt_path" not in run.prepare()
+    assert "--resume" not in run.prepare()
+    assert "--resume" not in run.prepare()  # it had left nothing
     checkpoint = run.folder / "checkpoints" / "last.ckpt"
     checkpoint.parent.mkdir()
-    (checkpoint.parent / "broken.ckpt").write_text("state")
-    with zipfile.ZipFile(checkpoint, "w") as archive:  # as torch writes them
-        archive.writestr("data", "state")
-    os.utime(checkpoint, (0, 0))
-    (run.folder / "config.yaml").write_text("LightningCLI would refuse to write it again")
-    assert run.prepare()[-2:] == ["--ckpt_path", str(checkpoint)]
-    assert not (run.folder / "config.yaml").exists()
+    checkpoint.mkdir() if is_split else checkpoint.write_text("weights")
+    assert run.prepare()[-2:] == ["--resume", "auto"]
     run.log.write_text("ValueError: no")
     run.conclude(1, keep_models=False)
     assert checkpoint.exists()  # for a look at what went wrong
-    assert "--ckpt_path" not in run.prepare()
+    assert "--resume" not in run.prepare()
     assert not checkpoint.exists()
 
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from agcl.attribution.estimators.per_sample import PerSampleGradient, by_entry
 from agcl.attribution.passes import GradientRule
-from agcl.attribution.support import check_choice
+from agcl.errors import check_choice
 
 Score = Literal["relevance", "sensitivity"]
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from agcl.attribution.estimators.interface import Estimator, Evidence
 from agcl.attribution.importance import SampleAggregator
 from agcl.attribution.passes import GradientRule, Sample, target_logit
-from agcl.attribution.pieces import PieceConsumer, SampleGradients
+from agcl.attribution.pieces import PieceConsumer, SampleGradients, scored_in
 from agcl.attribution.relevance import Consumer, attribute_batch
 from agcl.attribution.turns import Turn
 
@@ -71,7 +71,7 @@ class PerSampleGradient(Estimator):
         aggregator = SampleAggregator(evidence.config, evidence.num_draws, evidence.ranks)
 
         def consume(name: str, parameter: Tensor, gradient: Tensor) -> None:
-            aggregator.update(name, self.score(parameter.detach(), gradient))
+            aggregator.update(name, self.score(parameter.detach(), gradient.to(scored_in(gradient))))
 
         is_square = getattr(self.score, "is_square", None)
 
