@@ -3,7 +3,6 @@
 import re
 import sys
 from collections.abc import Callable, Iterator
-from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -54,28 +53,23 @@ def _refusals(model: nn.Module) -> Iterator[UnsupportedModelError]:
     if not isinstance(model, nn.Module):
         raise AgclError(f"`model` is a {type(model).__name__}; give a torch.nn.Module.")
     for module in model.modules():
-        checks: list[Callable[[], None]] = [partial(_check_python, module, model)]
+        yield from _python_refusals(module, model)
         if isinstance(module, PreTrainedModel):
-            checks.append(partial(_check_transformer, module))
-        for check in checks:
-            try:
-                check()
-            except UnsupportedModelError as refusal:
-                yield refusal
+            yield from _transformer_refusals(module)
 
 
-def _check_python(module: nn.Module, model: nn.Module) -> None:
+def _python_refusals(module: nn.Module, model: nn.Module) -> Iterator[UnsupportedModelError]:
     if (
         module._compiled_call_impl is not None
         or "_orig_mod" in module._modules
         or hasattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable")
     ):
-        raise UnsupportedModelError(
+        yield UnsupportedModelError(
             f"{_described(module, model)} is compiled, and attribution cannot see its operations; give the model as it "
             "was before torch.compile (`model._orig_mod`), or do not call `model.compile()`."
         )
     if isinstance(module, torch.jit.ScriptModule):
-        raise UnsupportedModelError(
+        yield UnsupportedModelError(
             f"{_described(module, model)} is a TorchScript module; give the Python module it was made from."
         )
 
@@ -85,18 +79,18 @@ def _described(module: nn.Module, root: nn.Module) -> str:
     return f"`{name or 'model'}` ({type(module).__name__})"
 
 
-def _check_transformer(model: PreTrainedModel) -> None:
+def _transformer_refusals(model: PreTrainedModel) -> Iterator[UnsupportedModelError]:
     name = type(model).__name__
     if (what := not_causal(model.config)) is not None:
-        raise UnsupportedModelError(f"`{name}` is {what}; attribution supports decoders only.")
+        yield UnsupportedModelError(f"`{name}` is {what}; attribution supports decoders only.")
     attention = getattr(model.config, "_attn_implementation", None)
     if attention is not None and attention not in _VISIBLE_ATTENTION:
-        raise UnsupportedModelError(
+        yield UnsupportedModelError(
             f"`{name}` runs attention with {attention!r}, which attribution cannot see into; "
             'call `model.set_attn_implementation("sdpa")` first.'
         )
     if getattr(model, "_use_kernels", False) or getattr(model, "use_kernels", False):
-        raise UnsupportedModelError(
+        yield UnsupportedModelError(
             f"`{name}` has hub kernels in place of its layers, which attribution cannot see into; "
             "load it with `use_kernels=False`."
         )
