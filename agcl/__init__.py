@@ -35,6 +35,7 @@ _HOMES = {
     "compute_input_moments": "agcl.attribution",
     "gate": "agcl.integrations.pytorch",
     "lrp_rules": "agcl.attribution",
+    "maps_for_adapter": "agcl.integrations.pytorch",
     "own_text_moments": "agcl.own_text",
     "parameter_relevance": "agcl.attribution",
 }
@@ -66,6 +67,7 @@ __all__ = [
     "compute_input_moments",
     "gate",
     "lrp_rules",
+    "maps_for_adapter",
     "own_text_moments",
     "parameter_relevance",
 ]
@@ -94,7 +96,7 @@ if TYPE_CHECKING:
     from agcl.data.tasks import Probe, Task
     from agcl.errors import AgclError, UnsupportedModelError
     from agcl.gating import DirectionalGate, GradientGate, UpdateGate
-    from agcl.integrations.pytorch import gate
+    from agcl.integrations.pytorch import gate, maps_for_adapter
     from agcl.module import ContinualLM
     from agcl.own_text import own_text_moments
     from agcl.schedules import WarmupDecay

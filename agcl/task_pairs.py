@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
+from torch import Tensor
 
 from agcl.errors import AgclError
 
@@ -147,6 +148,20 @@ def pairs_of(model: Any, parameters: Sequence[str]) -> dict[str, str]:
             downs = [f"{name}.lora_A.{adapter}.weight" for adapter in module.lora_A]
             found.update((f"{name}.base_layer.weight", down) for down in downs if down in wanted)
     return found
+
+
+@torch.no_grad()
+def turn_pairs(model: Any, held: Mapping[str, Tensor]) -> None:
+    """``A <- A P``: whatever ``B`` becomes, a fresh pair then answers little to inputs that are held.
+
+    Args:
+        model: With the adapter.
+        held: Name of a pair's ``A`` -> ``V``, shape (in, held), of ``P = I - V V^T``.
+    """
+    parameters = dict(model.named_parameters())
+    for name, directions in held.items():
+        weight = parameters[name]
+        weight.copy_(weight.float() - (weight.float() @ directions) @ directions.T)
 
 
 def num_pairs(names: Iterable[str]) -> int:

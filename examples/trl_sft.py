@@ -4,15 +4,18 @@ import tempfile
 from pathlib import Path
 
 from datasets import Dataset
+from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
 from two_tasks import StopWhenLearned, encoded, loss, print_comparison, texts, tiny_model, tiny_tokenizer, twin_of
 
 from agcl import ImportanceConfig
 from agcl.attribution.estimators import LRP
-from agcl.integrations.transformers import ImportanceGate, TaskImportance
+from agcl.integrations.transformers import DirectionsGate, ImportanceGate, TaskDirections, TaskImportance
+
+LORA = LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules="all-linear")
 
 
-def trainer_for(model, tokenizer, language, folder):
+def trainer_for(model, tokenizer, language, folder, adapter=None):
     """It trains until the rows are learned."""
     arguments = SFTConfig(
         output_dir=folder,
@@ -32,29 +35,37 @@ def trainer_for(model, tokenizer, language, folder):
         arguments,
         train_dataset=Dataset.from_list(texts(language)),
         processing_class=tokenizer,
+        peft_config=adapter,
         callbacks=[StopWhenLearned(encoded(tokenizer, language))],
     )
 
 
 def run(folder, seed=0):
-    """Loss on the old and on the new task after the new one was learned, without and with the gate."""
+    """Loss on the old and on the new task after the new one was learned, without and with the gates."""
     tokenizer = tiny_tokenizer()
     old_rows, new_rows = encoded(tokenizer, "welsh"), encoded(tokenizer, "finnish")
     model = tiny_model(tokenizer, seed)
-    importance_file = Path(folder) / "welsh.safetensors"
+    importance_file, directions_file = Path(folder) / "welsh.safetensors", Path(folder) / "welsh_directions.safetensors"
     estimator = LRP(score="sensitivity")  # suits AdamW
     config = ImportanceConfig(quantile=0.2)  # a strong gate
     trainer = trainer_for(model, tokenizer, "welsh", folder)
     trainer.add_callback(TaskImportance(save_to=importance_file, estimator=estimator, config=config))
+    trainer.add_callback(TaskDirections(save_to=directions_file))
     trainer.train()
     results = {}
-    for name in ("without the gate", "with the gate"):
-        twin = twin_of(model)
-        trainer = trainer_for(twin, tokenizer, "finnish", folder)
+    for name, adapter in (
+        ("without the gate", None),
+        ("with the gate", None),
+        ("adapter, without the gate", LORA),
+        ("adapter, by direction", LORA),
+    ):
+        trainer = trainer_for(twin_of(model), tokenizer, "finnish", folder, adapter)
         if name == "with the gate":
             trainer.add_callback(ImportanceGate(importance_file))
+        elif name == "adapter, by direction":
+            trainer.add_callback(DirectionsGate(directions_file, plasticity=0.5))
         trainer.train()
-        results[name] = loss(twin, old_rows), loss(twin, new_rows)
+        results[name] = loss(trainer.model, old_rows), loss(trainer.model, new_rows)
     return results
 
 

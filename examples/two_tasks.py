@@ -106,6 +106,6 @@ class StopWhenLearned(TrainerCallback):
 
 def print_comparison(results):
     """The losses on both tasks after the second was learned, without and with the gate."""
-    print(f"{'nats per answer token':24}{'Welsh, learned before':>24}{'Finnish, just learned':>24}")
+    print(f"{'nats per answer token':26}{'Welsh, learned before':>24}{'Finnish, just learned':>24}")
     for name, (before, now) in results.items():
-        print(f"{name:24}{before:24.3f}{now:24.3f}")
+        print(f"{name:26}{before:24.3f}{now:24.3f}")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..errors import AgclError
 from ..results import shown_name
 from .artefact import save_importance
-from .directions import InputMoments, MomentSums, find_matrices, input_moments
+from .directions import InputMoments, MomentSums, find_matrices, input_moments, is_of_pair
 from .estimators import LRP, Estimator, Evidence, PerSampleGradient
 from .fingerprints import fingerprint
 from .importance import ImportanceConfig, normalise
@@ -119,7 +119,8 @@ def compute_input_moments(
 
     Returns:
         The moments of all parameters that are weight matrices of linear maps; embeddings and what is tied to them are
-        not among them.
+        not among them. Where LoRA pairs are trained, of the weights that they are beside, by the names that these have
+        in the model without an adapter (:func:`agcl.maps_for_adapter`).
 
     Raises:
         AgclError: For options or rows that cannot be used, and if no row is answered correctly.
@@ -129,12 +130,12 @@ def compute_input_moments(
     estimator = LRP() if estimator is None else estimator
     names = matching_parameters(model, parameters)
     first, samples = _read(model, rows)
-    matrices = _matrices_of(model, names, first, estimator)
+    sums = _fresh_sums(model, names, first, estimator)
     evidence = Evidence(model, names, samples, num_samples, batch_size=batch_size, only_correct=only_correct)
-    moments = input_moments(evidence, estimator, MomentSums(matrices))
+    moments = input_moments(evidence, estimator, sums)
     if not evidence.num_used:
         raise AgclError(_NOT_LEARNED)
-    return moments
+    return moments.by_base_name()
 
 
 def _read(model: nn.Module, rows: Iterable[Any]) -> tuple[Sample, Iterator[Sample]]:
@@ -146,14 +147,19 @@ def _read(model: nn.Module, rows: Iterable[Any]) -> tuple[Sample, Iterator[Sampl
     return first, itertools.chain([first], samples)
 
 
-def _matrices_of(model: nn.Module, names: list[str], sample: Sample, estimator: PerSampleGradient) -> dict[str, bool]:
-    matrices = find_matrices(model, names, sample, estimator.rule)
+def _fresh_sums(model: nn.Module, names: list[str], sample: Sample, estimator: PerSampleGradient) -> MomentSums:
+    pairs: dict[str, str] = {}
+    if any(map(is_of_pair, names)):
+        from ..task_pairs import pairs_of  # PEFT takes a while to import
+
+        pairs = pairs_of(model, names)
+    matrices = find_matrices(model, names, sample, estimator.rule, pairs)
     if not matrices:
         raise AgclError(
-            "None of the selected parameters is known to be a weight matrix of a linear map, so there are no "
-            "directions of its inputs (a LoRA pair has none of its own); gate by importance instead."
+            "None of the selected parameters is known to be a weight matrix of a linear map, or the first of a LoRA "
+            "pair beside one, so there are no directions of its inputs; gate by importance instead."
         )
-    return matrices
+    return MomentSums(matrices, pairs)
 
 
 def check_computable(
@@ -182,7 +188,7 @@ def check_computable(
     estimator = LRP() if estimator is None else estimator
     estimator.check(model, names, first)
     if by_direction:
-        _matrices_of(model, names, first, cast(PerSampleGradient, estimator))
+        _fresh_sums(model, names, first, cast(PerSampleGradient, estimator))
 
 
 def importance_metadata(

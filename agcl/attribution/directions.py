@@ -44,6 +44,7 @@ from agcl.errors import AgclError, UnsupportedModelError
 _ROUNDING = 1e-12  # of a squared gradient
 _FREE = 1 / 255  # of a step held back, as little as 8 bits of importance can say of an entry
 _PAIR = re.compile(r"\.lora_(embedding_)?[AB]\.")  # PEFT's names
+_OF_PEFT = re.compile(r"\.(base_layer|modules_to_save\.[^.]+)(?=\.)")  # PEFT's, too
 _LEAST = 2.0**-20  # of the largest eigenvalue: below are rounding errors
 Control = Literal["none", "shuffled", "flattened"]
 
@@ -103,6 +104,11 @@ def is_of_pair(name: str) -> bool:
     return bool(_PAIR.search(name))
 
 
+def base_name(name: str) -> str:
+    """What a parameter of a PEFT model, or what its adapter is beside, is called in the model without it."""
+    return _OF_PEFT.sub("", name.removeprefix("base_model.model."))
+
+
 def _up(down: str) -> str:
     """The second matrix of a LoRA pair, by the first one's name."""
     return down.replace(".lora_A.", ".lora_B.")
@@ -129,6 +135,13 @@ class InputMoments:
     def normalised(self) -> "InputMoments":
         """Each ``A`` divided by its trace: in a sum, what it comes from then counts as much as any other."""
         return InputMoments({name: moment / moment.trace() for name, moment in self.sums.items()}, self.transposed)
+
+    def by_base_name(self) -> "InputMoments":
+        """The moments by the names that weights have in the model without an adapter, see :func:`base_name`."""
+        return InputMoments(
+            {base_name(name): moment for name, moment in self.sums.items()},
+            {base_name(name): is_transposed for name, is_transposed in self.transposed.items()},
+        )
 
     def to(self, device: torch.device | str) -> "InputMoments":
         """The moments on a device."""

@@ -21,7 +21,7 @@ from agcl.attribution.passes import Sample
 from agcl.errors import AgclError
 from agcl.gating import DirectionalGate
 from agcl.ranks import Ranks
-from agcl.task_pairs import pairs_of
+from agcl.task_pairs import pairs_of, turn_pairs
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ class DirectionsSoFar:
             budget = self.options.plasticity, self.options.sharpness
             found = self.moments.maps(*budget, self._control, seed, self._device)
             if begins:
-                self._turn_pairs(model, found)
+                turn_pairs(model, {self._pairs[name]: v for name, (v, _) in found.items() if name in self._pairs})
             # A pair's first matrix meets the inputs that the weights beside it do, and is never transposed.
             maps = {
                 self._pairs.get(name, name): (held.to(self.dtype), is_transposed and name not in self._pairs)
@@ -182,15 +182,6 @@ class DirectionsSoFar:
             self._gate = gate.attach(optimizer)
             self._plasticity = gate.plasticity()  # more than the budget, where more directions than that are not used
         self._interrupted = {}
-
-    @torch.no_grad()
-    def _turn_pairs(self, model: nn.Module, maps: dict[str, tuple[Tensor, bool]]) -> None:
-        """``A <- A P``: whatever ``B`` becomes, the pair then answers little to inputs that are held."""
-        parameters = dict(model.named_parameters())
-        for name, down in self._pairs.items():
-            if name in maps:
-                held, weight = maps[name][0], parameters[down]
-                weight.copy_(weight.float() - (weight.float() @ held) @ held.T)
 
     def make_up(self, optimizer: torch.optim.Optimizer, model: nn.Module, seed: int) -> None:
         """Before anything new is learned: map what had moved since the last product when a checkpoint was written."""

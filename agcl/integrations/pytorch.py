@@ -9,10 +9,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from agcl.attribution.artefact import check_importance, open_importance
+from agcl.attribution.directions import base_name, is_of_pair
 from agcl.attribution.merging import merge
-from agcl.errors import check_choice
+from agcl.errors import AgclError, check_choice
 from agcl.gating import GradientGate, UpdateGate, cancels_gradient_gate, choose_gate
 from agcl.gating.choice import GateKind
+from agcl.gating.directional import Map
 
 Importance = Mapping[str, Tensor] | str | Path
 """Parameter name to importance, or an importance file."""
@@ -99,3 +101,48 @@ def innermost_optimizer(optimizer: Any) -> Optimizer:
     while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
         optimizer = inner
     return optimizer
+
+
+def maps_for_adapter(model: nn.Module, maps: Mapping[str, Map], *, begins: bool = True) -> dict[str, Map]:
+    """Maps for a model with a LoRA adapter, from those for the weights that its pairs are beside.
+
+    Of a fresh pair ``W + B A``, ``A`` begins and moves by the directions of the inputs that the weights ``W`` beside it
+    have, so that inputs that are held hardly reach ``B``, which learns freely. An adapter that has learned a task is
+    merged (PEFT's ``merge_and_unload``), or set beside the next one as it is; it cannot learn another by direction.
+
+    Args:
+        model: A PEFT model whose adapter is LoRA, on weights quantised or not. Where training begins, its first
+            matrices are changed in place: ``A <- A P``.
+        maps: As `InputMoments.maps` gives them, by the names that weights have in the model without the adapter. Those
+            of weights that are not trained and have no trained pair beside them are left out.
+        begins: Whether training begins, with a fresh adapter; not where it is resumed.
+
+    Returns:
+        For :class:`agcl.gating.DirectionalGate`: by the names of the model's parameters.
+
+    Raises:
+        AgclError: If the maps are of another model, none is of weights that are trained, the adapter has learned
+            already, or is of a kind that cannot be gated by direction.
+    """
+    from agcl.task_pairs import pairs_of, turn_pairs, unfit_pairs  # PEFT takes a while to import
+
+    parameters = dict(model.named_parameters())
+    trained = [name for name, parameter in parameters.items() if parameter.requires_grad]
+    if problem := unfit_pairs(model, trained):
+        raise AgclError(f"This adapter cannot be gated by direction: {problem}.")
+    pairs = {down: base_name(beside) for beside, down in pairs_of(model, trained).items()}
+    known = {*pairs.values(), *(base_name(name) for name in parameters if not is_of_pair(name))}
+    if unknown := maps.keys() - known:
+        raise AgclError(f"The maps are of another model: `{min(unknown)}` is not in it.")
+    found = {down: (maps[name][0], False) for down, name in pairs.items() if name in maps}
+    if begins:
+        if learned := [down for down in found if parameters[down.replace(".lora_A.", ".lora_B.")].any()]:
+            raise AgclError(
+                f"The adapter has learned already (`{learned[0]}`): merge it (`model = model.merge_and_unload()`), and "
+                "put a fresh one on the model for the next task."
+            )
+        turn_pairs(model, {down: held for down, (held, _) in found.items()})
+    whole = {name: maps[base_name(name)] for name in trained if not is_of_pair(name) and base_name(name) in maps}
+    if not found and not whole:
+        raise AgclError("No map is of weights that are trained, or have a trained LoRA pair beside them.")
+    return found | whole

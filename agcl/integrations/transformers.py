@@ -15,7 +15,7 @@ from agcl.attribution.computing import (
     compute_input_moments,
     name_of,
 )
-from agcl.attribution.directions import InputMoments
+from agcl.attribution.directions import InputMoments, base_name, is_of_pair
 from agcl.attribution.estimators import LRP, Estimator, PerSampleGradient
 from agcl.attribution.importance import ImportanceConfig
 from agcl.attribution.levels import Bits
@@ -25,7 +25,7 @@ from agcl.errors import AgclError, check_choice
 from agcl.files import check_writable
 from agcl.gating import DirectionalGate, GradientGate, UpdateGate
 from agcl.gating.choice import GateKind
-from agcl.integrations.pytorch import Importance, gate, importance_from, innermost_optimizer
+from agcl.integrations.pytorch import Importance, gate, importance_from, innermost_optimizer, maps_for_adapter
 from agcl.shards import has_shards
 
 __all__ = ["DirectionsGate", "ImportanceGate", "TaskDirections", "TaskImportance"]
@@ -107,6 +107,7 @@ class DirectionsGate(TrainerCallback):
     :class:`agcl.gating.DirectionalGate`. Where several steps pass between two products with the map, what has moved
     since is mapped before the Trainer scores or saves by its own schedule, at each epoch's end, and at the end; a
     callback that asks for more is to come before this one. Resuming from a checkpoint needs the same moments again.
+    A LoRA adapter is gated as by `agcl.maps_for_adapter`: a fresh one for each task.
 
     Args:
         moments: As `agcl.compute_input_moments` gives them, or a file of `TaskDirections`; of several tasks, and the
@@ -153,13 +154,16 @@ class DirectionsGate(TrainerCallback):
                 "DirectionsGate looks at whole weight matrices, which FSDP splits over processes; take ImportanceGate, "
                 "or data parallelism without sharding."
             )
-        places = {name: parameter.device for name, parameter in model.named_parameters()}
+        places = {base_name(name): parameter.device for name, parameter in model.named_parameters()}
         sums = {name: moment.to(places.get(name)) for name, moment in self.moments.sums.items()}
         maps = InputMoments(sums, self.moments.transposed).maps(*self._shares)
         dtype = torch.bfloat16 if args.bf16 else torch.float32  # as the model's own products
+        if any(is_of_pair(name) for name, parameter in model.named_parameters() if parameter.requires_grad):
+            maps = maps_for_adapter(model, maps, begins=state.global_step == 0)
         narrow = {name: (held.to(dtype), is_transposed) for name, (held, is_transposed) in maps.items()}
         self._attached = [DirectionalGate(model.named_parameters(), narrow, self.every).attach(optimizer)]
-        rest = {name: values for name, values in (self.importance or {}).items() if name not in maps}
+        by_direction = {*maps, *(name.replace(".lora_A.", ".lora_B.") for name in maps)}  # a pair learns freely else
+        rest = {name: values for name, values in (self.importance or {}).items() if name not in by_direction}
         if rest:
             self._attached.append(gate(optimizer, model, rest))
 
