@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode, resolve_name
+from torch.overrides import TorchFunctionMode
 
 from agcl.attribution.operations import OPERATIONS
 from agcl.attribution.pieces import Part
 from agcl.attribution.roles import CASTS, FLIPS, GROUPED, ROLES, SUMS, Kind
+from agcl.attribution.support import operation_name
 
 _FORM = "_agcl_form"  # attribute of stand-ins and what is made of them, none of which outlives the pass
 
@@ -190,11 +191,11 @@ class ParameterUses(TorchFunctionMode):
             return made
         roles = ROLES.get(func)
         if roles is None:
-            raise UnseenUseError(_name(func))
+            raise UnseenUseError(operation_name(func))
         given = dict(zip(roles.names, args, strict=False)) | kwargs
         used = {key: form for key, value in given.items() if (form := _form_of(value)) is not None}
         if given.keys() - set(roles.names) or used.keys() - roles.uses.keys():
-            raise UnseenUseError(_name(func))
+            raise UnseenUseError(operation_name(func))
         output = func(*map(_outside, args), **{key: _outside(value) for key, value in kwargs.items()})
         for key, form in used.items():
             kind, entered = roles.uses[key](func, given)
@@ -242,7 +243,7 @@ class ParameterUses(TorchFunctionMode):
             # A vector's gradient is summed over one sample's part of the output.
             is_known &= parameter.dim() < output.dim() if use.kind in ("scale", "bias") else parameter.dim() == 2
         if not is_known:
-            raise UnseenUseError(f"{_name(func)} of shape {tuple(output.shape)}")
+            raise UnseenUseError(f"{operation_name(func)} of shape {tuple(output.shape)}")
         self._report(form.name, use, output)
 
 
@@ -262,10 +263,6 @@ def _is_index(value: Any) -> bool:
 def _outside(value: Any) -> Any:
     """The value; a parameter, or what was made of one, out of the graph."""
     return value.detach() if hasattr(value, _FORM) else value
-
-
-def _name(func: Callable[..., Any]) -> str:
-    return resolve_name(func) or getattr(func, "__name__", repr(func))
 
 
 def _experts(func: Callable[..., Any], form: _Form, given: Mapping[str, Any]) -> Tensor | None:

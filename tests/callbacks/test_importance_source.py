@@ -100,7 +100,7 @@ def test_single_task_models_leave_the_run_as_it_was(dropout_folder, task_files, 
 
 
 # Inside task 2, and right after its last step.
-@pytest.mark.parametrize(("crash_at", "adapter"), [(8, LORA), *slow((12, None))])
+@pytest.mark.parametrize(("crash_at", "adapter"), [(8, None), *slow((8, LORA), (12, None))])
 def test_resuming_with_single_task_models(dropout_folder, task_files, tmp_path, knowing, crash_at, adapter):
     make, options = partial(attribution, source="single_task"), {"adapter": adapter}
     callback = make()

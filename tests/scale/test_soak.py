@@ -21,6 +21,7 @@ def load(name):
     return module
 
 
+@pytest.mark.slow
 def test_later_tasks_hold_no_more_than_the_second(knowing):
     watch = load("soak").soak(num_tasks=3, epochs=1)
     second, last = watch.counts[1], watch.counts[-1]
