@@ -169,3 +169,15 @@ def test_a_missing_package_is_named(folder, monkeypatch):
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", missing)
     with pytest.raises(AgclError, match=r"install what it needs .*`pip install something`"):
         load_model(str(folder), quantization_config=FOUR)
+
+
+def test_a_run_goes_on_from_another_one_whose_weights_cannot_be_compared(folder, task_files, tmp_path, knowing):
+    options = {"adapter": LORA, "quantization_config": FOUR}
+    model, data = build(folder, task_files[:1], **options)
+    saving = ModelCheckpoint(tmp_path, filename="last", every_n_epochs=1)
+    trainer_for(data, tmp_path, [by_direction(), saving], enable_checkpointing=True).fit(model, datamodule=data)
+    model, data = build(folder, task_files[1:2], **options)
+    callback = by_direction(earlier=str(tmp_path / "last.ckpt"))
+    trainer_for(data, tmp_path / "next", [callback]).fit(model, datamodule=data)
+    # The model's own text was not written; the first run's task counts as much as its own.
+    assert all(moment.trace() == pytest.approx(2) for moment in callback._directions.moments.sums.values())

@@ -381,14 +381,19 @@ class AttributionCallback(Callback):
         run, self._earlier_run = self._earlier_run, None
         if run is None:
             return False
-        by_direction, adapted = run.state["directions"], pl_module.adapter is not None
-        if adapted and not self._directions:
+        by_direction, is_adapted = run.state["directions"], pl_module.adapter is not None
+        if run.is_adapted and not is_adapted:
+            raise AgclError(
+                f"`earlier`: {run.path} has trained an adapter, so that it does not know what embeddings and "
+                "normalisations are needed for, which are trained here: train an adapter again (`model.adapter`)."
+            )
+        if is_adapted and not self._directions:
             raise AgclError("`earlier` protects an adapter's tasks by `directions`; without, the adapter begins anew.")
         self._check_kind(by_direction, f"`earlier`: {run.path} is of a run")
-        run.check_model(pl_module.model.state_dict(), is_adapted=adapted)
+        run.check_model(pl_module.model.state_dict())
         if self._directions:
             self._directions.begin_with(by_direction)
-        if not adapted:  # whose pairs are others
+        if not is_adapted:  # whose pairs are others
             self._so_far.begin_with(run.state["so_far"])
         rank_zero_info(f"Protected from the first task on: {', '.join(run.tasks)} ({run.path}).")
         return True

@@ -11,6 +11,7 @@ from agcl.attribution.directions import (
     Control,
     InputMoments,
     MomentSums,
+    base_name,
     find_matrices,
     input_moments,
     is_of_pair,
@@ -215,13 +216,15 @@ class DirectionsSoFar:
         self.moments = self.moments.to(self._home or device)
 
     def begin_with(self, earlier: dict[str, Any]) -> None:
-        """Hold what an earlier run has held, the text that its model wrote included.
+        """Hold what an earlier run has held, the text that its model wrote included, with an adapter or without.
 
         Args:
-            earlier: As its :meth:`state_dict` gave it.
+            earlier: As its :meth:`state_dict` gave it. What it holds of weights that are not gated here is left out.
         """
-        sums = {name: moment.clone() for name, moment in earlier["sums"].items()}  # not to depend on its file
-        self.moments = InputMoments(sums, dict(earlier["transposed"]))
+        ours = {base_name(name): name for name in self._transposed}
+        moments = InputMoments(earlier["sums"], earlier["transposed"]).by_base_name()
+        sums = {ours[n]: moment.clone() for n, moment in moments.sums.items() if n in ours}  # not to depend on its file
+        self.moments = InputMoments(sums, {name: self._transposed[name] for name in sums})
 
     def state_dict(self) -> dict[str, Any]:
         """What resuming needs."""

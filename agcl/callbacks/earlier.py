@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from agcl.attribution.directions import base_name, is_of_pair
 from agcl.checkpoints import SUFFIX, last_whole, look_into, model_weights
 from agcl.errors import AgclError
 
@@ -30,33 +31,40 @@ class EarlierRun:
     state: dict[str, Any]
     weights: dict[str, Tensor]
 
-    def check_model(self, parameters: Mapping[str, Tensor], *, is_adapted: bool) -> None:
+    @property
+    def is_adapted(self) -> bool:
+        """Whether it has trained an adapter."""
+        return any(map(is_of_pair, self.weights))
+
+    def check_model(self, weights: Mapping[str, Tensor]) -> None:
         """Raise unless a model holds what the run has learned.
 
+        Weights are compared by the names that they have without adapters. Of a run that has trained one, those beside
+        its pairs must have changed, since it is merged into them; quantised weights cannot be compared.
+
         Args:
-            parameters: Of the model, by name.
-            is_adapted: Whether both have adapters, so that this one's weights must be those of the run and more.
+            weights: Of the model, by name.
 
         Raises:
             AgclError: Otherwise.
         """
-        shared = {name: parameters[name] for name in self.weights.keys() & parameters.keys()}
-        if is_adapted:
-            shared = {name: parameter for name, parameter in shared.items() if ".base_layer." in name}
+        ours = {base_name(name): weight for name, weight in weights.items() if not is_of_pair(name)}
+        learned = {base_name(n): w for n, w in self.weights.items() if not self.is_adapted or ".base_layer." in n}
         apart = whole = 0.0
-        for name, parameter in shared.items():
-            learned = self.weights[name].to(parameter.device).float()
-            if learned.shape != parameter.shape:
-                raise AgclError(f"{self._named()} is of another model: `{name}` has the shape {tuple(learned.shape)}.")
-            apart += float((parameter.detach().float() - learned).square().sum())
-            whole += float(learned.square().sum())
-        distance = (apart / whole) ** 0.5 if whole else 0.0
-        if is_adapted and not distance:
+        for name in learned.keys() & ours.keys():
+            if not ours[name].is_floating_point():
+                continue
+            before = learned[name].to(ours[name].device).float()
+            if before.shape != ours[name].shape:
+                raise AgclError(f"{self._named()} is of another model: `{name}` has the shape {tuple(before.shape)}.")
+            apart += float((ours[name].detach().float() - before).square().sum())
+            whole += float(before.square().sum())
+        if self.is_adapted and whole and not apart:
             raise AgclError(
                 f"{self._named()} has learned an adapter, which this model is without: merge it into the weights "
                 "(PEFT's `merge_and_unload`), save them, and begin with those."
             )
-        if not is_adapted and (distance > _ROUNDING or shared.keys() != self.weights.keys()):
+        if not self.is_adapted and (apart > _ROUNDING**2 * whole or not learned.keys() <= ours.keys()):
             raise AgclError(
                 f"{self._named()} has ended with other weights than this model has: set `model_name_or_path` to the "
                 "folder `model` that it has left, or to what `agcl export` makes of it."

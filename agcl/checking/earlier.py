@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from agcl.attribution.artefact import ImportanceFile, check_importance, importance_files, open_importance
+from agcl.attribution.directions import is_of_pair
 from agcl.attribution.merging import RunningMerge
 from agcl.attribution.storage import index_of
 from agcl.blocks import mean_by_layer
@@ -86,17 +87,17 @@ def plasticity_left(
         AgclError: If a file does not fit the model or the others.
     """
     named = [(name, parameter) for name, parameter in parameters]
+    sizes = {name: parameter.numel() for name, parameter in named}
     merge = RunningMerge(options.get("merge", "maximum"), options.get("importance_bits", 8))
     for file in earlier:
+        if any(map(is_of_pair, budgets)) and not sizes.keys() & set(file):
+            continue  # of weights that an adapter is beside now: their directions are held, in its pairs
         check_importance(file, named)
         merge.update(file)
     pattern, strength = options.get("parameters", ""), options.get("strength", 1.0)
     merged = {name: levels for name, levels in merge.importance().items() if re.search(pattern, name)}
-    means = {
-        name: budgets[name] if name in budgets else mean_plasticity(name, levels, strength)[0]
-        for name, levels in merged.items()
-    }
-    return mean_by_layer({name: (mean, merged[name].numel()) for name, mean in means.items()})
+    means = {name: mean_plasticity(name, levels, strength)[0] for name, levels in merged.items() if name not in budgets}
+    return mean_by_layer({name: (mean, sizes[name]) for name, mean in {**means, **budgets}.items() if name in sizes})
 
 
 def _by_task(files: Iterable[ImportanceFile]) -> dict[str, ImportanceFile]:

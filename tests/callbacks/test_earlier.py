@@ -83,6 +83,19 @@ def test_check_tells_what_is_left_by_it_and_whether_it_is_there(llama_folder, ta
     assert "second does not exist" in problem
 
 
+def test_check_tells_the_budget_of_an_adapter_after_a_model_trained_whole(llama_folder, task_files, tmp_path, knowing):
+    fit(llama_folder, task_files[:1], tmp_path / "first", by_direction())
+    options = {"earlier": str(tmp_path / "first"), "directions": {"plasticity": 0.7}}
+    callbacks = [{"class_path": "agcl.AttributionCallback", "init_args": options}]
+    place = tmp_path / "first" / "model"
+    path = write_config(place, task_files[1:], tmp_path, trainer__callbacks=callbacks, model__adapter=LORA)
+    found = check(LenientConfiguration(["--config", str(path)], prog="", description="", options=CheckOptions))
+    assert not found.problems
+    for each in found.tasks:
+        assert each.earlier == ["task0"]
+        assert 0.7 < min(mean for mean, _ in each.plasticity.values()) < 1  # the second of a pair is free
+
+
 def merged(base, run_dir, folder):
     """What a user makes of an adapter."""
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), run_dir / "model")
@@ -91,10 +104,14 @@ def merged(base, run_dir, folder):
     return folder
 
 
-def test_pairs_of_another_adapter_hold_what_the_first_one_learned(llama_folder, task_files, tmp_path, knowing):
+@pytest.mark.parametrize("first", [LORA, None], ids=["an adapter", "the whole model"])
+def test_an_adapter_holds_what_the_first_run_has_learned(llama_folder, task_files, tmp_path, knowing, first):
     make = partial(by_direction, 0.2)
-    fit(llama_folder, task_files[:2], tmp_path / "first", make(), adapter=LORA)
-    base = merged(llama_folder, tmp_path / "first", tmp_path / "merged")
+    fit(llama_folder, task_files[:2], tmp_path / "first", make(), adapter=first)
+    if first is None:
+        base = tmp_path / "first" / "model"
+    else:
+        base = merged(llama_folder, tmp_path / "first", tmp_path / "merged")
     _, data = build(base, task_files[:1], batch_size=ROWS)
     data.setup("fit")
     batch = next(iter(data.train_dataloader()))
@@ -111,8 +128,15 @@ def test_pairs_of_another_adapter_hold_what_the_first_one_learned(llama_folder, 
         model = fit(base, task_files[2:3], tmp_path / name, callback, adapter=LORA)
         change[name] = float((answers(model.model) - before).square().mean())
     assert change["held"] < 0.5 * change["free"]
+
+
+def test_an_adapter_is_to_be_merged_first(llama_folder, task_files, tmp_path, knowing):
+    fit(llama_folder, task_files[:1], tmp_path / "first", by_direction(), adapter=LORA)
+    callback = by_direction(earlier=str(tmp_path / "first"))
     with pytest.raises(AgclError, match="has learned an adapter, which this model is without: merge it"):
-        fit(llama_folder, task_files[2:3], tmp_path / "unmerged", make(earlier=str(tmp_path / "first")), adapter=LORA)
+        fit(llama_folder, task_files[1:2], tmp_path / "unmerged", callback, adapter=LORA)
+    with pytest.raises(AgclError, match=r"does not know what embeddings .*train an adapter again \(`model.adapter`\)"):
+        fit(merged(llama_folder, tmp_path / "first", tmp_path / "merged"), task_files[1:2], tmp_path / "w", callback)
 
 
 @pytest.mark.parametrize("make", [attribution, partial(by_direction, every=4)], ids=["entries", "directions"])
