@@ -42,6 +42,19 @@ def quickstart_lora() -> str:
     return _comparison(RAW / "compare_quickstart_lora")
 
 
+def qlora() -> str:
+    """Runs of the quick start by an adapter on 4-bit weights."""
+    rows: list[Row] = []
+    for path in sorted((RAW / "qlora").glob("*.json")):
+        results = json.loads(path.read_text())
+        method, _, rate = path.stem.rpartition("_")
+        metrics = (_cell(results["metrics"][metric]) for metric in METRICS)
+        english = _cell(results["general_ability"]["forgetting"], "+.3f")
+        rows.append((method, rate, results["seed"], *metrics, english, f"{results['processor_seconds']:.0f}"))
+    names = (metric.replace("_", " ") for metric in METRICS)
+    return _table(("method", "learning rate", "seed", *names, "English", "processor time (s)"), rows)
+
+
 def concept1k() -> str:
     """Those of the reduced Concept-1K."""
     return _comparison(RAW / "compare_concept1k_reduced")
