@@ -14,7 +14,7 @@ Bytes on each of ``r`` devices, ``s`` of which share the weights (1 under DDP, a
 buckets are copies), of the optimizer's state, of its importance, and of its scores at a task boundary. ``gathered``,
 FSDP2 alone: two layers' weights whole, the one in use and the next. ``moments``, where matrices are gated by direction:
 4 bytes for each pair of a matrix's inputs; ``directions``: as many again, 2 (under ``bf16-mixed``) or 4 at most of the
-maps, and the gated matrices as they were. Moments are in host memory where importance is.
+maps, and the gated matrices as they were, in float32. Moments are in host memory where importance is.
 
 Seconds::
 
@@ -284,7 +284,7 @@ def _kept(size: ModelSize, settings: Settings) -> dict[str, int]:
     if size.matrices:  # moments, at most as many numbers of maps, and the matrices as they were
         of_maps = 2 if settings.precision == "bf16-mixed" else 4
         of_moments = 0 if settings.importance_on_host else 4
-        kept["directions"] = (of_moments + of_maps) * size.squares + size.matrices * width
+        kept["directions"] = (of_moments + of_maps) * size.squares + size.matrices * 4
     if shards > 1:
         kept["gathered layers"] = 2 * size.weights // max(size.layers, 1) * width
     return kept

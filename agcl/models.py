@@ -206,6 +206,7 @@ def with_quantised(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str,
         f"{name}.{part}": tensor.detach()
         for name, module in _quantised(model)
         for part, tensor in itertools.chain(module.named_parameters(), module.named_buffers())
+        if part in module.state_dict()
     }
     return own | dict(weights)
 

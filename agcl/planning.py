@@ -132,8 +132,10 @@ def model_size(config: Any, built: Any = None) -> ModelSize:
 def _num_quantised(model: Any) -> int:
     """Weights of the linear maps that libraries quantise: those of an adapter and of the head are left as they are."""
     head = model.get_output_embeddings()
-    linear = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and m is not head}
-    return sum(module.weight.numel() for name, module in linear.items() if not is_of_pair(f"{name}.weight"))
+    left = set() if head is None else {id(module) for module in head.modules()}  # it may be wrapped
+    linear = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and id(m) not in left}
+    frozen = {f"{name}.weight": m.weight for name, m in linear.items() if not m.weight.requires_grad}
+    return sum(weight.numel() for name, weight in frozen.items() if not is_of_pair(name))
 
 
 def _bits_of(quantisation: Any) -> float:

@@ -161,3 +161,18 @@ def test_it_is_attached_once_to_an_optimizer_that_holds_its_matrices():
     gate.attach(torch.optim.SGD(model.parameters(), lr=0.1))
     with pytest.raises(AgclError, match="attached already"):
         gate.attach(torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+def test_rounding_of_narrow_weights_does_not_add_up():
+    """What is held of a step is held after hundreds of them, each of which is rounded to bfloat16."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(64, 8, bias=False).bfloat16()
+    start = model.weight.detach().float()
+    held = torch.linalg.qr(torch.randn(64, 20)).Q
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-4, weight_decay=0.0)
+    with DirectionalGate(model.named_parameters(), {"weight": (held, False)}).attach(optimizer):
+        for _ in range(400):
+            model.weight.grad = (torch.randn(8, 64) + 1).bfloat16()
+            optimizer.step()
+    moved = model.weight.detach().float() - start
+    assert (moved @ held).norm() < 0.02 * moved.norm()

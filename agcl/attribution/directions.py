@@ -95,7 +95,8 @@ def find_matrices(
     found = {name: kind == {"transposed"} for name, kind in single.items() if kind in ({"linear"}, {"transposed"})}
     for name, down in pairs.items():
         if kinds.get(down) == kinds.get(_up(down)) == {"linear"}:
-            found[name] = False
+            beside = model.get_submodule(name.removesuffix(".base_layer.weight"))
+            found[name] = bool(getattr(beside, "fan_in_fan_out", False))  # of the weights; a pair never is
     return found
 
 
@@ -245,8 +246,9 @@ class MomentSums:
         self._sums[name] = self._sums[name].add_(moment) if name in self._sums else moment
 
     def moments(self) -> InputMoments:
-        """The sums, but of matrices that the objective does not rest on."""
+        """The sums, but of matrices that the objective does not rest on; they are given up here."""
         sums = {name: moment for name, moment in self._sums.items() if moment.any()}
+        self._sums = {}
         return InputMoments(sums, {name: self._transposed[name] for name in sums})
 
 

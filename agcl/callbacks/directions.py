@@ -148,12 +148,16 @@ class DirectionsSoFar:
         found = InputMoments() if observed is None else observed.moments()
         if not found.sums:  # several processes took turns, or rows were summed
             found = input_moments(evidence, self._estimator, self._sums())
-        if (ranks := Ranks.of_this_run()).size > 1:  # rounding must not let the processes' weights part
-            for moment in found.sums.values():
+        ranks, sums = Ranks.of_this_run(), self.moments.sums
+        self.moments.transposed.update(found.transposed)
+        for name in list(found.sums):  # one at a time: of large models there is no room for all of them again
+            moment = found.sums.pop(name)
+            if ranks.size > 1:  # rounding must not let the processes' weights part
                 there = moment.to(self._device)
                 ranks.agree_on(there)
                 moment.copy_(there)
-        self.moments += found.normalised()
+            moment /= moment.trace()  # each task counts alike
+            sums[name] = sums[name] + moment if name in sums else moment
 
     def attach(
         self, optimizer: torch.optim.Optimizer, model: nn.Module, seed: int, *, is_last: bool, begins: bool = False
@@ -189,6 +193,7 @@ class DirectionsSoFar:
         if self._interrupted.get("num_steps"):
             self.attach(optimizer, model, seed, is_last=False)
             self.detach()
+        self._interrupted = {}
 
     def close(self) -> None:
         """Before weights are read for good."""

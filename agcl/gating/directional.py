@@ -26,7 +26,8 @@ class DirectionalGate:
 
     A product with ``P`` costs ``2 held / in`` of a forward pass of as many tokens as the matrix has inputs. Where
     batches have fewer tokens than that, let several steps pass between two products: ``every``. Between them weights
-    move freely; call `close` before they are read for good. Between steps, a copy of the gated matrices is held.
+    move freely; call `close` before they are read for good. Between steps, a copy of the gated matrices is held, in
+    float32 at least.
 
     Args:
         named_parameters: Pairs as from ``model.named_parameters()``. The model is not kept alive.
@@ -95,7 +96,7 @@ class DirectionalGate:
         if not gated:
             raise AgclError("The optimizer holds none of the gated matrices; build the gate from the model it trains.")
         self._before = {
-            name: (self._before[name].to(p.device) if name in self._before else p.detach().clone())
+            name: (self._before[name] if name in self._before else p.detach()).to(p.device, _wide(p), copy=True)
             for name, p in gated.items()
         }
         self._handles = [optimizer.register_step_post_hook(self._after_step)]
@@ -131,7 +132,10 @@ class DirectionalGate:
 
     def state_dict(self) -> dict[str, Any]:
         """What goes into the constructor, ``maps`` aside, to go on from here."""
-        return {"num_steps": self._num_steps, "before": dict(self._before) if self._num_steps else {}}
+        # Narrow weights are rounded; what they were rounded from is gone on from, lest errors add up.
+        parameters = dict(self._matrices())
+        before = {n: b for n, b in self._before.items() if self._num_steps or b.dtype != parameters[n].dtype}
+        return {"num_steps": self._num_steps, "before": before}
 
     def plasticity(self) -> dict[str, float]:
         """Mean eigenvalue of each gated matrix's ``P``, in [0, 1]; 0: frozen, 1: free."""
@@ -155,3 +159,7 @@ class DirectionalGate:
         self._num_steps += 1
         if self._num_steps >= self.every:
             self.close()
+
+
+def _wide(parameter: Tensor) -> torch.dtype:
+    return torch.promote_types(parameter.dtype, torch.float32)

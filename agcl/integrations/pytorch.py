@@ -108,7 +108,8 @@ def maps_for_adapter(model: nn.Module, maps: Mapping[str, Map], *, begins: bool 
 
     Of a fresh pair ``W + B A``, ``A`` begins and moves by the directions of the inputs that the weights ``W`` beside it
     have, so that inputs that are held hardly reach ``B``, which learns freely. An adapter that has learned a task is
-    merged (PEFT's ``merge_and_unload``), or set beside the next one as it is; it cannot learn another by direction.
+    merged (PEFT's ``merge_and_unload``), or left beside the next one, frozen and active: on quantised weights, whose
+    levels most of it would fall between. It cannot learn another task by direction.
 
     Args:
         model: A PEFT model whose adapter is LoRA, on weights quantised or not. Where training begins, its first
@@ -124,22 +125,35 @@ def maps_for_adapter(model: nn.Module, maps: Mapping[str, Map], *, begins: bool 
         AgclError: If the maps are of another model, none is of weights that are trained, the adapter has learned
             already, or is of a kind that cannot be gated by direction.
     """
-    from agcl.task_pairs import pairs_of, turn_pairs, unfit_pairs  # PEFT takes a while to import
+    from agcl.task_pairs import pairs_of, pairs_problem, turn_pairs, unfit_pairs  # PEFT takes a while to import
 
     parameters = dict(model.named_parameters())
     trained = [name for name, parameter in parameters.items() if parameter.requires_grad]
-    if problem := unfit_pairs(model, trained):
-        raise AgclError(f"This adapter cannot be gated by direction: {problem}.")
     pairs = {down: base_name(beside) for beside, down in pairs_of(model, trained).items()}
+    if several := [name for name in trained if ".lora_A." in name and name not in pairs]:
+        raise AgclError(
+            f"Weights have several adapters that are trained (`{several[0]}`): freeze those of earlier tasks, "
+            "`model.set_requires_grad(NAME, requires_grad=False)`."
+        )
+    for config in getattr(model, "peft_config", {}).values():
+        options = {**config.to_dict(), "modules_to_save": None}  # which are gated as they are
+        if problem := pairs_problem(options) or unfit_pairs(model, trained):
+            raise AgclError(f"This adapter cannot be gated by direction: {problem}.")
     known = {*pairs.values(), *(base_name(name) for name in parameters if not is_of_pair(name))}
     if unknown := maps.keys() - known:
         raise AgclError(f"The maps are of another model: `{min(unknown)}` is not in it.")
     found = {down: (maps[name][0], False) for down, name in pairs.items() if name in maps}
+    if found and (free := [name for down, name in pairs.items() if down not in found]):
+        warnings.warn(
+            f"{len(free)} of {len(pairs)} pairs are not gated: there is no map of `{free[0]}`, whose inputs no earlier "
+            "task was asked about.",
+            stacklevel=2,
+        )
     if begins:
         if learned := [down for down in found if parameters[down.replace(".lora_A.", ".lora_B.")].any()]:
             raise AgclError(
                 f"The adapter has learned already (`{learned[0]}`): merge it (`model = model.merge_and_unload()`), and "
-                "put a fresh one on the model for the next task."
+                "put a fresh one on the model for the next task; on quantised weights leave it there, frozen."
             )
         turn_pairs(model, {down: held for down, (held, _) in found.items()})
     whole = {name: maps[base_name(name)] for name in trained if not is_of_pair(name) and base_name(name) in maps}

@@ -25,6 +25,7 @@ from agcl.errors import AgclError, check_choice
 from agcl.files import check_writable
 from agcl.gating import DirectionalGate, GradientGate, UpdateGate
 from agcl.gating.choice import GateKind
+from agcl.gating.directional import Map
 from agcl.integrations.pytorch import Importance, gate, importance_from, innermost_optimizer, maps_for_adapter
 from agcl.shards import has_shards
 
@@ -155,11 +156,20 @@ class DirectionsGate(TrainerCallback):
                 "or data parallelism without sharding."
             )
         places = {base_name(name): parameter.device for name, parameter in model.named_parameters()}
-        sums = {name: moment.to(places.get(name)) for name, moment in self.moments.sums.items()}
-        maps = InputMoments(sums, self.moments.transposed).maps(*self._shares)
+        home = next(parameter.device for parameter in model.parameters() if parameter.requires_grad)
+        maps: dict[str, Map] = {}
+        for name, moment in self.moments.sums.items():  # which are large: one at a time is on the device
+            one = InputMoments({name: moment}, {name: self.moments.transposed[name]})
+            maps |= one.maps(*self._shares, device=places.get(name, home))
         dtype = torch.bfloat16 if args.bf16 else torch.float32  # as the model's own products
         if any(is_of_pair(name) for name, parameter in model.named_parameters() if parameter.requires_grad):
-            maps = maps_for_adapter(model, maps, begins=state.global_step == 0)
+            begins = state.global_step == 0
+            if not begins and len(getattr(model, "peft_config", ())) > 1:
+                raise AgclError(
+                    "The Trainer goes on from a checkpoint with one adapter alone: begin this task anew, without "
+                    "`resume_from_checkpoint`, or merge the adapters of earlier tasks."
+                )
+            maps = maps_for_adapter(model, maps, begins=begins)
         narrow = {name: (held.to(dtype), is_transposed) for name, (held, is_transposed) in maps.items()}
         self._attached = [DirectionalGate(model.named_parameters(), narrow, self.every).attach(optimizer)]
         by_direction = {*maps, *(name.replace(".lora_A.", ".lora_B.") for name in maps)}  # a pair learns freely else

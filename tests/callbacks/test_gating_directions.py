@@ -22,7 +22,9 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from transformers import AutoModelForCausalLM
 
+from agcl.attribution.directions import MomentSums
 from agcl.attribution.estimators import LRP, Wanda
+from agcl.attribution.uses import Use
 from agcl.callbacks import AttributionCallback, Directions
 from agcl.callbacks.directions import DirectionsSoFar
 from agcl.errors import AgclError
@@ -180,21 +182,22 @@ def test_own_text_is_held_on_after_resuming_though_no_row_is_answered(llama_fold
 
 
 def test_moments_stay_in_host_memory_if_they_are_to():
-    moments = {"sums": {"weight": torch.eye(3)}, "transposed": {"weight": False}}
+    state = {"sums": {"weight": torch.eye(3)}, "transposed": {"weight": False}, "gate": {}}
     for on_host, where in ((True, "cpu"), (False, "meta")):
         directions = DirectionsSoFar(Directions(), LRP(), "none", on_host=on_host)
-        directions.begin_with(moments)
+        directions.load_state_dict(state)
         directions.to(torch.device("meta"))  # stands for any other device
         assert directions.moments.sums["weight"].device.type == where
 
 
-def test_where_moments_are_held_makes_no_difference(llama_folder, task_files, tmp_path, knowing):
-    beside, on_host = (
-        weights(fit(llama_folder, task_files[:2], tmp_path / place, by_direction(importance_on=place))[0].model)
-        for place in ("device", "host")
-    )
-    for name, parameter in beside.items():
-        assert torch.equal(parameter, on_host[name]), name
+def test_moments_are_added_up_where_they_are_held():
+    use = Use("linear", lambda: torch.eye(3), 1)
+    sums = MomentSums({"weight": False}, home=torch.device("meta"))  # stands for any other place than the inputs'
+    for _ in range(2):
+        sums.observe("weight", use, torch.ones(3, 2))
+    assert sums._sums["weight"].device.type == "meta"
+    directions = DirectionsSoFar(Directions(), LRP(), "none", on_host=True)
+    assert directions._sums()._home == torch.device("cpu")
 
 
 @pytest.mark.parametrize("make", [attribution, by_direction])

@@ -118,3 +118,66 @@ def test_an_adapter_that_has_learned_is_to_be_merged_first(llama_folder, tmp_pat
     trainer_for(model, tmp_path).train()
     with pytest.raises(AgclError, match=r"has learned already .*merge it \(`model = model.merge_and_unload\(\)`\)"):
         trainer_for(model, tmp_path, DirectionsGate(moments)).train()
+
+
+def test_a_resumed_run_of_an_adapter_ends_like_the_straight_one(llama_folder, tmp_path):
+    moments = agcl.compute_input_moments(load(llama_folder), ROWS, only_correct=False)
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    straight, resumed = adapted(load(llama_folder)), adapted(load(llama_folder))
+    trainer_for(straight, tmp_path, DirectionsGate(moments, plasticity=0.3), **options).train()
+    trainer = trainer_for(resumed, tmp_path, DirectionsGate(moments, plasticity=0.3), **options)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    for name, weight in weights(straight).items():
+        assert torch.equal(weight, weights(resumed)[name]), name
+
+
+def test_moments_of_an_adapter_are_turned_as_the_weights_beside_it(gpt2_folder):
+    whole = agcl.compute_input_moments(load(gpt2_folder), ROWS, only_correct=False)
+    adapter = get_peft_model(load(gpt2_folder), LoraConfig(**{**LORA.to_dict(), "fan_in_fan_out": True}))
+    found = agcl.compute_input_moments(adapter, ROWS, only_correct=False)
+    assert found.transposed == whole.transposed
+    assert set(found.transposed.values()) == {True}
+    maps = agcl.maps_for_adapter(adapter, closed(found))
+    assert not any(is_transposed for _, is_transposed in maps.values())
+
+
+def test_an_adapter_beside_a_frozen_one(llama_folder, tmp_path):
+    """On quantised weights nothing can be merged: the old adapter stays, active, and the new one alone is gated."""
+    model = adapted(load(llama_folder))
+    moments = agcl.compute_input_moments(model, ROWS, only_correct=False)
+    trainer_for(model, tmp_path).train()
+    model.add_adapter("next", LoraConfig(**LORA.to_dict()))
+    model.base_model.set_adapter(["default", "next"])
+    with pytest.raises(AgclError, match="have several adapters that are trained"):
+        agcl.maps_for_adapter(model, closed(moments))
+    model.set_requires_grad("default", requires_grad=False)
+    before = weights(model)
+    trainer_for(model, tmp_path, DirectionsGate(moments, plasticity=0.3)).train()
+    moved = {name for name, weight in weights(model).items() if not torch.equal(weight, before[name])}
+    assert moved
+    assert all(".next." in name for name in moved)
+    trainer = trainer_for(model, tmp_path, DirectionsGate(moments), save_strategy="steps", save_steps=1, max_steps=1)
+    with pytest.raises(AgclError, match="has learned already"):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"use_dora": True}, "`adapter.use_dora` leaves magnitudes"),
+        ({"bias": "lora_only"}, "`adapter.bias: lora_only` leaves biases"),
+        ({"init_lora_weights": "olora"}, "`adapter.init_lora_weights: olora` cannot be drawn anew"),
+    ],
+)
+def test_kinds_of_adapters_that_leave_something_free_are_refused(llama_folder, options, message):
+    moments = agcl.compute_input_moments(load(llama_folder), ROWS, only_correct=False)
+    with pytest.raises(AgclError, match=message):
+        agcl.maps_for_adapter(adapted(load(llama_folder), **options), closed(moments))
+
+
+def test_pairs_that_nothing_is_known_of_are_told(llama_folder):
+    moments = agcl.compute_input_moments(
+        adapted(load(llama_folder), target_modules=["q_proj"]), ROWS, only_correct=False
+    )
+    with pytest.warns(UserWarning, match="12 of 14 pairs are not gated: there is no map of `model.layers.0"):
+        agcl.maps_for_adapter(adapted(load(llama_folder)), closed(moments))
