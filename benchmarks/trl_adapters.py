@@ -46,6 +46,7 @@ def trainer_for(model, tokenizer, rows, folder, learning_rate, callbacks, seed):
         report_to="none",
         disable_tqdm=True,
         bf16=True,
+        use_cpu=not torch.cuda.is_available(),
         gradient_checkpointing=False,
         seed=seed,
     )
