@@ -1,9 +1,10 @@
 """What `agcl check` found, for the terminal."""
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from rich.console import Console
+from rich.filesize import decimal
 from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
@@ -11,6 +12,7 @@ from rich.text import Text
 from agcl.checking.checking import Check, TaskCheck
 from agcl.checking.rows import ShownRow, SplitCheck
 from agcl.forecast import Machine
+from agcl.terminal import facts_table
 
 _NEWLINE, _SPACE = "↵", "␣"
 
@@ -24,7 +26,7 @@ def show(console: Console, found: Check) -> None:
     console.print(Rule(style="dim"))
     for note in found.notes:
         console.print(Text(f"note: {note}", style="yellow"))
-    console.print(_facts((f"{number}.", Text(problem)) for number, problem in enumerate(found.problems, 1)))
+    console.print(facts_table((f"{number}.", Text(problem)) for number, problem in enumerate(found.problems, 1)))
     count = len(found.problems)
     verdict = _plural(count, "problem") if count else "No problem found"
     console.print(Text(f"{verdict}; nothing was trained.", style="bold red" if count else "bold green"))
@@ -40,7 +42,7 @@ def _show_run(console: Console, found: Check) -> None:
         facts.append(("precision", f"{found.settings.precision} on {found.settings.devices}{machine}"))
     if found.max_length is not None:
         facts.append(("longest row", f"{found.max_length} tokens allowed"))
-    console.print(_facts(facts))
+    console.print(facts_table(facts))
 
 
 def _show_task(console: Console, found: Check, each: TaskCheck, number: int) -> None:
@@ -56,7 +58,7 @@ def _show_task(console: Console, found: Check, each: TaskCheck, number: int) -> 
         facts.append(("forecast", f"{each.steps} steps, {_time(seconds)}, {_memory(memory, found.machine)}"))
     if found.origin is not None:
         facts.append(("plasticity", _plasticity_text(found, number)))
-    console.print(_facts(facts))
+    console.print(facts_table(facts))
     if each.splits[0].shown:
         console.print(_rows_table(each.splits[0].shown))
     for note in each.notes:
@@ -86,7 +88,7 @@ def _show_sum(console: Console, found: Check) -> None:
         ("", f"throughout: {kept}"),
         ("on disk", f"{_bytes(largest.files['one checkpoint'])} for a checkpoint"),
     ]
-    console.print(_facts(facts))
+    console.print(facts_table(facts))
 
 
 def _rows_text(split: SplitCheck) -> Text:
@@ -157,15 +159,6 @@ def _clipped(text: str, length: int, from_end: bool = False) -> Text:
     return Text.assemble(text[:length], (f" {left_out}", "dim"))
 
 
-def _facts(rows: Iterable[tuple[str, str | Text]]) -> Table:
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in rows:
-        table.add_row(name, Text(value) if isinstance(value, str) else value)
-    return table
-
-
 def _plural(count: int, noun: str) -> str:
     return f"{count} {noun}{'' if count == 1 else 's'}"
 
@@ -174,11 +167,8 @@ def _count(number: int) -> str:
     return f"{number / 1e6:,.1f} M" if number >= 1e6 else f"{number:,}"
 
 
-def _bytes(number: float) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6)):
-        if number >= size / 10:
-            return f"{number / size:.2f} {unit}"
-    return f"{number / 1e3:.0f} kB"
+def _bytes(number: int) -> str:
+    return decimal(number, precision=2)
 
 
 def _memory(number: int, machine: Machine) -> str:

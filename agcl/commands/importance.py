@@ -9,6 +9,7 @@ import torch
 from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
+from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
@@ -28,6 +29,7 @@ from agcl.plots import (
     plot_importance_map,
     plot_importance_overlap,
 )
+from agcl.terminal import facts_table
 
 _OF_THE_FORMAT = ("format", "format_version", "bits", "agcl_version")
 _OF_THE_TASK = ("task", "tasks", "merged")
@@ -135,30 +137,16 @@ def _size(importance: ImportanceFile) -> str:
     weights = sum(math.prod(shape) for shape in importance.shapes.values())
     num_bytes = sum(file.stat().st_size for file in importance.files)
     files = f" in {len(importance.files)} files" if len(importance.files) > 1 else ""
-    return f"{len(importance):,} tensors, {weights:,} weights of {importance.bits} bits, {_bytes(num_bytes)}{files}"
-
-
-def _bytes(number: float) -> str:
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if number < 1000:
-            return f"{number:.3g} {unit}"
-        number /= 1000
-    return f"{number:,.1f} TB"
+    return f"{len(importance):,} tensors, {weights:,} weights of {importance.bits} bits, {decimal(num_bytes)}{files}"
 
 
 def _metadata_table(importance: ImportanceFile) -> Table:
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column(overflow="fold")
     metadata = {**importance.metadata, "tasks": ", ".join(_tasks_of(importance))}
     hidden = {*_OF_THE_FORMAT, "task" if "tasks" in importance.metadata else "tasks"}
     first = [key for key in (*_OF_THE_TASK, *_SETTINGS, "num_samples") if key in metadata]
-    for key in dict.fromkeys((*first, *sorted(metadata))):
-        if key not in hidden:
-            table.add_row(key, Text(metadata[key]))
+    rows = [(key, metadata[key]) for key in dict.fromkeys((*first, *sorted(metadata))) if key not in hidden]
     by = f"agcl {metadata['agcl_version']}, " if "agcl_version" in metadata else ""
-    table.add_row("written by", f"{by}format version {metadata['format_version']}")
-    return table
+    return facts_table([*rows, ("written by", f"{by}format version {metadata['format_version']}")])
 
 
 def _value_table(title: str, groups: Mapping[str, Tensor], total: Tensor) -> Table:

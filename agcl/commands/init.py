@@ -1,6 +1,5 @@
 """``agcl init FOLDER``: a configuration from a folder of files."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +10,7 @@ from rich.text import Text
 
 from agcl.commands.init_yaml import configuration_text
 from agcl.errors import AgclError
+from agcl.terminal import facts_table
 
 if TYPE_CHECKING:
     from agcl.data.draft import Draft
@@ -101,19 +101,10 @@ def _show(console: Console, draft: "Draft", title: str) -> None:
         facts.append(("labels", ", ".join(shares)))
     facts.append(("rows", _rows_text(draft)))
     facts += [("note", note) for note in draft.notes]
-    console.print(_facts(facts))
+    console.print(facts_table(facts))
 
 
 def _rows_text(draft: "Draft") -> str:
     task, counts = draft.task, draft.num_rows
     learned = f"{counts[task.train_split]} to learn, {task.epochs} times"
     return f"{learned}; {counts[task.test_split]} to be scored on"
-
-
-def _facts(rows: Sequence[tuple[str, str]]) -> Table:
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in rows:
-        table.add_row(name, Text(value))
-    return table
