@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import tempfile
 import zipfile
 import zlib
@@ -47,6 +48,25 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """A folder to make and to fill, which takes the place of ``path`` when it is complete and on the disk.
+
+    Only one process may write ``path`` at a time. What was there before is left if this is not completed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = partial_of(path)
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        yield partial
+        sync_tree(partial)
+        shutil.rmtree(path, ignore_errors=True)
+        partial.replace(path)
+        sync_folder(path.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextmanager

@@ -5,7 +5,6 @@ import io
 import json
 import math
 import platform
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -22,7 +21,7 @@ import agcl
 from agcl.callbacks.hyperparameters import seed_given
 from agcl.callbacks.run_folder import run_folder
 from agcl.errors import AgclError
-from agcl.files import partial_of, sync_folder, sync_tree, write_whole
+from agcl.files import replacing_folder, write_whole
 from agcl.metrics.figure import score_matrix_picture
 from agcl.module import NLL, SCORE
 from agcl.recovery import recovery_means
@@ -133,15 +132,11 @@ class ContinualReport(Callback):
 
 def _save_model(trainer: Trainer, pl_module: Any, folder: Path) -> None:
     """On all ranks, since weights that are split over them are gathered; the first one writes."""
-    partial = partial_of(folder)
     if trainer.is_global_zero:
-        shutil.rmtree(partial, ignore_errors=True)
-    pl_module.save_pretrained(partial, is_writer=trainer.is_global_zero)
-    if trainer.is_global_zero:
-        sync_tree(partial)
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.replace(folder)
-        sync_folder(folder.parent)
+        with replacing_folder(folder) as partial:
+            pl_module.save_pretrained(partial)
+    else:
+        pl_module.save_pretrained(folder, is_writer=False)
 
 
 def _show(folder: Path, results: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ import torch
 from agcl.attribution.storage import index_of
 from agcl.checkpoints import look_into, model_weights
 from agcl.errors import AgclError, one_line
-from agcl.files import partial_of, sync_folder, sync_tree
+from agcl.files import replacing_folder
 from agcl.models import load_model, load_tokenizer, put_adapter_on, save_model, with_quantised
 from agcl.results import shown_name
 from agcl.task_pairs import activate, add_pairs, num_pairs
@@ -39,10 +39,7 @@ def export_model(trained: Trained, output: Path, *, name: str | None = None, tru
         raise AgclError(f"{output} is the folder that you are in, which cannot be replaced; name one in it.")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise AgclError(f"{output} exists; choose a folder that does not, or an empty one.")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = partial_of(output)
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with replacing_folder(output) as partial:
         if trained.weights.is_dir():
             shutil.copytree(trained.weights, partial)
         else:
@@ -54,13 +51,6 @@ def export_model(trained: Trained, output: Path, *, name: str | None = None, tru
             _name_base(partial / _ADAPTER_CONFIG, shown_name(trained.model_name))
         # PEFT has left a card of its own there.
         model_card(trained, name or output.name, is_adapter=is_adapter).save(partial / "README.md")
-        sync_tree(partial)
-        if output.exists():
-            output.rmdir()
-        partial.replace(output)
-        sync_folder(output.parent)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _name_base(path: Path, name: str) -> None:
