@@ -79,7 +79,7 @@ def find_matrices(
     """
     kinds: dict[str, set[str]] = {}
     parameters = [name for name in parameters if not is_of_pair(name)]
-    looked_at = [*parameters, *pairs.values(), *map(_up, pairs.values())]
+    looked_at = [*parameters, *pairs.values(), *map(up_of, pairs.values())]
     if not looked_at:
         return {}
 
@@ -94,7 +94,7 @@ def find_matrices(
     single = {name: kinds.get(name) for name in parameters}
     found = {name: kind == {"transposed"} for name, kind in single.items() if kind in ({"linear"}, {"transposed"})}
     for name, down in pairs.items():
-        if kinds.get(down) == kinds.get(_up(down)) == {"linear"}:
+        if kinds.get(down) == kinds.get(up_of(down)) == {"linear"}:
             beside = model.get_submodule(name.removesuffix(".base_layer.weight"))
             found[name] = bool(getattr(beside, "fan_in_fan_out", False))  # of the weights; a pair never is
     return found
@@ -110,7 +110,7 @@ def base_name(name: str) -> str:
     return _OF_PEFT.sub("", name.removeprefix("base_model.model."))
 
 
-def _up(down: str) -> str:
+def up_of(down: str) -> str:
     """The second matrix of a LoRA pair, by the first one's name."""
     return down.replace(".lora_A.", ".lora_B.")
 
@@ -217,7 +217,7 @@ class MomentSums:
     ) -> None:
         self._transposed, self._weighted, self._home = transposed, weighted, home
         self._downs = {down: name for name, down in pairs.items() if name in transposed}
-        self._ups = {_up(down): name for down, name in self._downs.items()}
+        self._ups = {up_of(down): name for down, name in self._downs.items()}
         self._at_ups: dict[str, Tensor] = {}
         self._sums: dict[str, Tensor] = {}
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from agcl.attribution.artefact import check_importance, open_importance
-from agcl.attribution.directions import base_name, is_of_pair
+from agcl.attribution.directions import base_name, is_of_pair, up_of
 from agcl.attribution.merging import merge
 from agcl.errors import AgclError, check_choice
 from agcl.gating import GradientGate, UpdateGate, cancels_gradient_gate, choose_gate
@@ -150,7 +150,7 @@ def maps_for_adapter(model: nn.Module, maps: Mapping[str, Map], *, begins: bool 
             stacklevel=2,
         )
     if begins:
-        if learned := [down for down in found if parameters[down.replace(".lora_A.", ".lora_B.")].any()]:
+        if learned := [down for down in found if parameters[up_of(down)].any()]:
             raise AgclError(
                 f"The adapter has learned already (`{learned[0]}`): merge it (`model = model.merge_and_unload()`), and "
                 "put a fresh one on the model for the next task; on quantised weights leave it there, frozen."

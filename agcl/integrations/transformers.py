@@ -15,7 +15,7 @@ from agcl.attribution.computing import (
     compute_input_moments,
     name_of,
 )
-from agcl.attribution.directions import InputMoments, base_name, is_of_pair
+from agcl.attribution.directions import InputMoments, base_name, is_of_pair, up_of
 from agcl.attribution.estimators import LRP, Estimator, PerSampleGradient
 from agcl.attribution.importance import ImportanceConfig
 from agcl.attribution.levels import Bits
@@ -172,7 +172,7 @@ class DirectionsGate(TrainerCallback):
             maps = maps_for_adapter(model, maps, begins=begins)
         narrow = {name: (held.to(dtype), is_transposed) for name, (held, is_transposed) in maps.items()}
         self._attached = [DirectionalGate(model.named_parameters(), narrow, self.every).attach(optimizer)]
-        by_direction = {*maps, *(name.replace(".lora_A.", ".lora_B.") for name in maps)}  # a pair learns freely else
+        by_direction = {*maps, *(up_of(name) for name in maps)}  # a pair learns freely else
         rest = {name: values for name, values in (self.importance or {}).items() if name not in by_direction}
         if rest:
             self._attached.append(gate(optimizer, model, rest))
