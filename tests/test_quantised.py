@@ -16,6 +16,8 @@ from agcl.attribution.estimators import LRP, Evidence
 from agcl.attribution.passes import Sample
 from agcl.attribution.relevance import attribute_batch
 from agcl.attribution.selfcheck import check_model
+from agcl.callbacks import ContinualReport
+from agcl.cli import main
 from agcl.errors import AgclError
 from agcl.models import load_model
 from agcl.scoring import answer_logits
@@ -181,3 +183,27 @@ def test_a_run_goes_on_from_another_one_whose_weights_cannot_be_compared(folder,
     trainer_for(data, tmp_path / "next", [callback]).fit(model, datamodule=data)
     # The model's own text was not written; the first run's task counts as much as its own.
     assert all(moment.trace() == pytest.approx(2) for moment in callback._directions.moments.sums.values())
+
+
+def test_an_exported_task_computes_what_its_run_did_on_the_weights_that_its_card_loads(
+    folder, task_files, tmp_path, knowing
+):
+    """Out of the run's checkpoint, which has no quantised weights."""
+    model, data = build(folder, task_files[:2], adapter=LORA, quantization_config=FOUR)
+    saving = ModelCheckpoint(tmp_path / "checkpoints", filename="{epoch}", every_n_epochs=1, save_top_k=-1)
+    callbacks = [by_direction(), ContinualReport(), saving]
+    trainer_for(data, tmp_path, callbacks, enable_checkpointing=True).fit(model, datamodule=data)
+    main(["export", str(tmp_path), "--output", str(tmp_path / "first"), "--task", "task0"])
+    main(["export", str(tmp_path), "--output", str(tmp_path / "last")])
+    card = (tmp_path / "last" / "README.md").read_text()
+    code = card.split("```python")[1].split("```")[0].replace(f'"{folder.name}"', repr(str(folder)))
+    assert "quantization_config={'load_in_4bit': True" in code
+    batch = next(iter(data.val_dataloader()[0]))
+    expected, apart = answer_logits(model.model.eval(), batch)[0].detach(), {}
+    for name in ("first", "last"):
+        names: dict = {"FOLDER": str(tmp_path / name)}
+        exec(code, names)
+        apart[name] = float((answer_logits(names["model"].eval(), batch)[0].detach() - expected).abs().max())
+    # On some CPUs transformers' model computes in bfloat16 while it is evaluated; the other task's is further away.
+    assert apart["last"] < 5e-3
+    assert apart["first"] > 10 * apart["last"]

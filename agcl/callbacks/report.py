@@ -161,6 +161,7 @@ def collect_results(trainer: Trainer, pl_module: Any) -> dict[str, Any]:
         "nll": matrices.pop(NLL),
         "probes": matrices,
         "model": pl_module.model_name_or_path,
+        "quantization_config": pl_module.quantization_config,
         "precision": str(trainer.precision),
         "seed": seed_given(),
         "environment": _environment(trainer),

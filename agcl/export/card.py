@@ -62,16 +62,18 @@ def _summary(trained: Trained, is_adapter: bool) -> str:
 
 
 def _use(trained: Trained, is_adapter: bool) -> str:
+    quantisation = trained.facts.get("quantization_config")
+    options = f", quantization_config={quantisation}" if quantisation else ""
     if not is_adapter:
         imports = ["from transformers import AutoModelForCausalLM, AutoTokenizer"]
         lines = ["model = AutoModelForCausalLM.from_pretrained(FOLDER)"]
     elif trained.model_name.startswith("builtin:"):
         imports = ["from agcl.models import load_model", "from peft import PeftModel"]
         imports += ["from transformers import AutoTokenizer"]
-        lines = [f'model = PeftModel.from_pretrained(load_model("{trained.model_name}"), FOLDER)']
+        lines = [f'model = PeftModel.from_pretrained(load_model("{trained.model_name}"{options}), FOLDER)']
     else:
         imports = ["from peft import PeftModel", "from transformers import AutoModelForCausalLM, AutoTokenizer"]
-        lines = [f'base = AutoModelForCausalLM.from_pretrained("{shown_name(trained.model_name)}")']
+        lines = [f'base = AutoModelForCausalLM.from_pretrained("{shown_name(trained.model_name)}"{options})']
         lines += ["model = PeftModel.from_pretrained(base, FOLDER)"]
     lines += ["tokenizer = AutoTokenizer.from_pretrained(FOLDER)"]
     return "\n".join(
