@@ -28,7 +28,7 @@ def run(folder, seed=0):
     tokenizer.save_pretrained(model_folder)
     tiny_model(tokenizer, seed).save_pretrained(model_folder)
     tasks, results = names(), {}
-    gate = AttributionCallback(num_samples=NUM_ROWS, directions=Directions(plasticity=0.5, own_text=0))
+    gate = AttributionCallback(num_samples=NUM_ROWS, directions=Directions(plasticity=0.7, own_text=0))
     for name, callbacks in (("without the gate", []), ("by direction", [gate])):
         seed_everything(seed, verbose=False)
         data = ContinualDataModule(tasks, model_folder, batch_size=4)
