@@ -68,6 +68,12 @@ def model_weights(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
     return {name.removeprefix(_MODEL): weight for name, weight in saved if name.startswith(_MODEL)}
 
 
+def attribution_state(checkpoint: dict[str, Any]) -> dict[str, Any] | None:
+    """The state of the ``AttributionCallback`` in a checkpoint; None without one, of which there cannot be two."""
+    states = checkpoint.get("callbacks", {}).values()
+    return next((state for state in states if isinstance(state, dict) and "so_far" in state), None)
+
+
 def begin_writing_over(path: Path) -> None:
     """Let a folder of shards no longer count as a whole one; another checkpoint is replaced at once, when it is ready.
 

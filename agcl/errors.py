@@ -60,8 +60,8 @@ def check_choice(name: str, value: Any, choices: Any) -> None:
         raise AgclError(problem)
 
 
-def one_line(error: object, most: int = 300) -> str:
-    """An error's message in one line, cut where it gets long; its type, if it says nothing."""
+def one_line(error: object, most: int | None = 300) -> str:
+    """An error's message in one line, cut where it gets longer than ``most``; its type, if it says nothing."""
     return " ".join(str(error).split())[:most] or type(error).__name__
 
 

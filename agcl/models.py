@@ -190,9 +190,9 @@ def without_quantised(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[s
         model: The model.
         weights: Its ``state_dict()``.
     """
-    prefixes = [f"{name}." for name, _ in _quantised(model)]
+    prefixes = tuple(f"{name}." for name, _ in _quantised(model))
     biases = {f"{prefix}bias" for prefix in prefixes}
-    return {n: w for n, w in weights.items() if n in biases or not n.startswith(tuple(prefixes))}
+    return {n: w for n, w in weights.items() if n in biases or not n.startswith(prefixes)}
 
 
 def with_quantised(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -202,12 +202,11 @@ def with_quantised(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str,
         model: The model.
         weights: As from :func:`without_quantised`.
     """
-    own = {
-        f"{name}.{part}": tensor.detach()
-        for name, module in _quantised(model)
-        for part, tensor in itertools.chain(module.named_parameters(), module.named_buffers())
-        if part in module.state_dict()
-    }
+    own: dict[str, Tensor] = {}
+    for name, module in _quantised(model):
+        parts = module.state_dict()  # which also tells how to read them, and what is not to be loaded
+        named = itertools.chain(module.named_parameters(), module.named_buffers())
+        own |= {f"{name}.{part}": tensor.detach() for part, tensor in named if part in parts}
     return own | dict(weights)
 
 

@@ -59,10 +59,12 @@ def tiny_config(family: str):
     )
 
 
-def save_tiny_model(folder: Path, family: str) -> Path:
+def save_tiny_model(folder: Path, family: str, **changes) -> Path:
+    config = tiny_config(family)
+    config.update(changes)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        AutoModelForCausalLM.from_config(tiny_config(family)).save_pretrained(folder)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     character_tokenizer().save_pretrained(folder)
     return folder
 

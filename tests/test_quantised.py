@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import character_tokenizer, tiny_config
+from conftest import save_tiny_model
 from helpers import assert_resumes, attribution, build, by_direction, slow, trainer_for
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -37,14 +37,8 @@ SAMPLES = [
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A model wide enough for all that bitsandbytes does to weights while a CPU evaluates them."""
-    place = tmp_path_factory.mktemp("wide")
-    config = tiny_config("llama")
-    config.update({"hidden_size": 64, "intermediate_size": 64, "num_key_value_heads": 4, "head_dim": 16})
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        AutoModelForCausalLM.from_config(config).save_pretrained(place)
-    character_tokenizer().save_pretrained(place)
-    return place
+    wide = {"hidden_size": 64, "intermediate_size": 64, "num_key_value_heads": 4, "head_dim": 16}
+    return save_tiny_model(tmp_path_factory.mktemp("wide"), "llama", **wide)
 
 
 def with_pairs(model):

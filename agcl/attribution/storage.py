@@ -181,7 +181,7 @@ def read_index(path: Path) -> tuple[dict[str, str], dict[str, list[str]]]:
         if not isinstance(metadata, dict) or not isinstance(weight_map, dict):
             raise TypeError("`metadata` and `weight_map` must be mappings")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise AgclError(f"{index_path} is no index of shards ({one_line(error)}); {_AGAIN}.") from error
+        raise AgclError(f"{index_path} is no index of shards ({one_line(error, None)}); {_AGAIN}.") from error
     metadata = {key: str(value) for key, value in metadata.items() if key != "total_size"}
     check_format(index_path, metadata)
     contents: dict[str, list[str]] = {}
@@ -230,12 +230,12 @@ def open_safetensors(path: Path) -> OpenedFile:
     try:
         handle = safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise AgclError(f"{path} is truncated or no importance file ({one_line(error)}); {_AGAIN}.") from error
+        raise AgclError(f"{path} is truncated or no importance file ({one_line(error, None)}); {_AGAIN}.") from error
     metadata = dict(handle.metadata() or {})
     try:
         checksums = dict(json.loads(metadata.pop(_CHECKSUMS, "{}")))
     except (ValueError, TypeError) as error:
-        raise AgclError(f"{path} has unreadable checksums ({one_line(error)}); {_AGAIN}.") from error
+        raise AgclError(f"{path} has unreadable checksums ({one_line(error, None)}); {_AGAIN}.") from error
     if checksums and checksums.keys() != set(handle.keys()):
         raise AgclError(f"{path} has other tensors than checksums, so it is damaged; {_AGAIN}.")
     return OpenedFile(path, handle, metadata, checksums)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from agcl.attribution.directions import base_name, is_of_pair
-from agcl.checkpoints import SUFFIX, last_whole, look_into, model_weights
+from agcl.checkpoints import SUFFIX, attribution_state, last_whole, look_into, model_weights
 from agcl.errors import AgclError
 
 _ROUNDING = 2.0**-8
@@ -72,12 +72,6 @@ class EarlierRun:
 
     def _named(self) -> str:
         return f"The earlier run ({self.path})"
-
-
-def attribution_state(checkpoint: dict[str, Any]) -> dict[str, Any] | None:
-    """The state of the ``AttributionCallback`` in a checkpoint; None without one, of which there cannot be two."""
-    states = checkpoint.get("callbacks", {}).values()
-    return next((state for state in states if isinstance(state, dict) and "so_far" in state), None)
 
 
 def read_earlier(path: str | Path) -> EarlierRun:

@@ -23,7 +23,7 @@ from agcl.configurations import all_callbacks
 from agcl.data.datamodule import ContinualDataModule
 from agcl.data.sequence import order_problems
 from agcl.data.tasks import Task
-from agcl.errors import AgclError
+from agcl.errors import AgclError, one_line
 from agcl.files import check_writable
 from agcl.forecast import Forecast, Machine, ModelSize, Settings, Work, forecast
 from agcl.models import adapter_config
@@ -211,7 +211,7 @@ def _optimizer(found: Check, config: Any) -> torch.optim.Optimizer | None:
             optimizer = module.optimizer([nn.Parameter(torch.zeros(2, 2))])
             module.lr_scheduler(optimizer)
         except Exception as error:  # each class checks its own arguments
-            raise AgclError(f"Optimizer or schedule refuse their arguments: {' '.join(str(error).split())}") from error
+            raise AgclError(f"Optimizer or schedule refuse their arguments: {one_line(error, None)}") from error
         return optimizer
     return None
 

@@ -13,8 +13,8 @@ from agcl.attribution.directions import is_of_pair
 from agcl.attribution.merging import RunningMerge
 from agcl.attribution.storage import index_of
 from agcl.blocks import mean_by_layer
-from agcl.callbacks.earlier import attribution_state, read_earlier
-from agcl.checkpoints import look_into
+from agcl.callbacks.earlier import read_earlier
+from agcl.checkpoints import attribution_state, look_into
 from agcl.errors import AgclError
 from agcl.gating.plasticity import mean_plasticity
 from agcl.planning import attribution_options

@@ -50,5 +50,5 @@ def try_estimator(model: Any, callback: AttributionCallback, size: ModelSize, ro
     except AgclError:
         raise
     except Exception as error:
-        raise AgclError(f"Attribution fails on one layer of the model: {' '.join(str(error).split())[:300]}") from error
+        raise AgclError(f"Attribution fails on one layer of the model: {one_line(error)}") from error
     return []

@@ -47,7 +47,7 @@ def run_on_ray(runs: Sequence[Run], comparison: Comparison, report: Report) -> N
                 try:
                     report(run, None, run.conclude(ray.get(done), comparison.keep_models))
                 except ray.exceptions.RayError as error:
-                    report(run, None, run.fail(one_line(error)))
+                    report(run, None, run.fail(one_line(error, None)))
         finally:
             for task in pending:
                 ray.cancel(task)

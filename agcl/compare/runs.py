@@ -15,7 +15,7 @@ from jsonargparse import get_loader
 
 from agcl.compare.settings import Values
 from agcl.configurations import resolve_configuration
-from agcl.errors import AgclError
+from agcl.errors import AgclError, one_line
 from agcl.files import write_whole
 from agcl.results import read_json
 
@@ -150,7 +150,7 @@ def read_config(path: str) -> dict[str, Any]:
             Path(resolve_configuration(path)).read_text(encoding="utf-8")
         )  # as `agcl fit` reads it: 1e-4 is a number
     except (OSError, yaml.YAMLError) as error:
-        raise AgclError(f"The configuration {path} cannot be read: {' '.join(str(error).split())}") from error
+        raise AgclError(f"The configuration {path} cannot be read: {one_line(error, None)}") from error
     if not isinstance(content, dict):
         raise AgclError(f"The configuration {path} holds no keys and values.")
     return content

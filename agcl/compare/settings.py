@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from jsonargparse import ArgumentError, ArgumentParser
 
-from agcl.errors import AgclError
+from agcl.errors import AgclError, one_line
 
 RESERVED = ("seed_everything", "data.seed", "data.order", "trainer.logger")
 """Keys that the comparison gives each run itself."""
@@ -154,7 +154,7 @@ def read_comparison(path: Path) -> Comparison:
     try:
         return Comparison(**vars(parser.instantiate(parser.parse_path(path))))
     except ArgumentError as error:
-        raise AgclError(f"{path}: {' '.join(str(error).split())}") from error
+        raise AgclError(f"{path}: {one_line(error, None)}") from error
 
 
 def _check_key(owner: str, key: str) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from agcl.errors import AgclError
+from agcl.errors import AgclError, one_line
 
 Turn = dict[str, Any]
 """``role``, ``content``, and whatever else a template knows of."""
@@ -129,4 +129,4 @@ class ChatTurns:
         try:
             return str(self._tokenizer.apply_chat_template(turns, tokenize=False, enable_thinking=False, **options))
         except Exception as error:  # Jinja's, and whatever a template raises
-            raise AgclError(f"The model's chat template refuses the turns: {' '.join(str(error).split())}") from error
+            raise AgclError(f"The model's chat template refuses the turns: {one_line(error, None)}") from error

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from agcl.attribution.artefact import ImportanceFile, importance_files
-from agcl.checkpoints import look_into
+from agcl.checkpoints import attribution_state, look_into
 from agcl.errors import AgclError
 from agcl.metrics.functional import num_learned
 from agcl.results import read_results
@@ -134,9 +134,8 @@ def _finished(checkpoint: dict[str, Any]) -> int | None:
 def _folders(path: Path, checkpoint: dict[str, Any]) -> Iterator[Path]:
     """Where the run of a checkpoint may be: around it, and around the importance files that it names."""
     yield from (path.resolve().parent, path.resolve().parent.parent)
-    for state in checkpoint.get("callbacks", {}).values():
-        if isinstance(state, dict) and "so_far" in state:
-            yield from (Path(file).parent.parent for file in state["so_far"]["files"].values())
+    if (state := attribution_state(checkpoint)) is not None:
+        yield from (Path(file).parent.parent for file in state["so_far"]["files"].values())
 
 
 def _is_of(folder: Path, tasks: list[str], count: int, scores: Tensor) -> bool:

@@ -9,7 +9,7 @@ import yaml
 
 from agcl.attribution.artefact import ImportanceFile, importance_files
 from agcl.configurations import all_callbacks
-from agcl.errors import AgclError
+from agcl.errors import AgclError, one_line
 from agcl.reporting.losses import Curve, training_losses
 from agcl.results import read_json, read_results
 
@@ -104,7 +104,7 @@ def _parsed_yaml(path: Path, text: str) -> dict[str, Any]:
     try:
         parsed = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise AgclError(f"{path} is not valid YAML ({' '.join(str(error).split())}).") from error
+        raise AgclError(f"{path} is not valid YAML ({one_line(error, None)}).") from error
     return parsed if isinstance(parsed, dict) else {}
 
 
